@@ -1,0 +1,1 @@
+"""Ring 2, what may be asked: one verb = one async function = one transaction."""

@@ -1,0 +1,16 @@
+"""What verbs need of the world outside Postgres. Adapters in ring 3 fulfil these protocols."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Positions(Protocol):
+    """The positions lane of the bus."""
+
+    async def close(self, order_id: str, assignment: int) -> None:
+        """Let no position of this assignment, or of an earlier one, be shown from now on.
+
+        Returns within `REDIS_TIMEOUT_MS` whether or not Redis answers: while Redis is away no position is shown at all.
+        """
+        ...

@@ -1,0 +1,49 @@
+"""What all models share: one metadata object with predictable constraint names, and the plain kinds of value."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+from sqlalchemy import DateTime, MetaData
+
+from models.money import MINOR_UNITS_MAX
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+UtcTime = DateTime(timezone=True)
+
+
+def rfc3339(at: dt.datetime) -> str:
+    """`at` (aware UTC) as the contract writes times: `2026-11-21T09:30:00.125Z`."""
+    return at.isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+Words = "^[^\\x00]*\\Z"
+"""Text that Postgres can hold: anything but NUL."""
+
+Id = Annotated[str, Meta(min_length=1, max_length=200, pattern=Words)]
+ShortText = Annotated[str, Meta(min_length=1, max_length=200, pattern=Words)]
+Reference = Annotated[str, Meta(min_length=1, max_length=64, pattern=Words)]
+LongText = Annotated[str, Meta(max_length=1000, pattern=Words)]
+Reason = Annotated[str, Meta(min_length=1, max_length=500, pattern=Words)]
+Quantity = Annotated[int, Meta(ge=1, le=1_000_000)]
+MinorUnits = Annotated[int, Meta(ge=0, le=MINOR_UNITS_MAX)]
+
+
+class Strict(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
+    """A shape that comes from outside: unknown fields are refused, a field that is not sent is UNSET, null is refused."""
+
+
+class View(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    """A shape that goes outside: absent members are left out, never null."""

@@ -1,0 +1,101 @@
+"""Refusals: what callers may be told, with the public code and the HTTP status of each.
+
+A refusal is a value of the contract, not an accident: rules and verbs raise it, and both doors (REST and Socket.IO)
+render it from this one table. Anything else that is raised is a bug and answers 500.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class Refused(Exception):
+    """A command that is not carried out. `fields` are the extra members of the answer, as the contract names them."""
+
+    code: ClassVar[str]
+    status: ClassVar[int]
+    title: ClassVar[str]
+
+    def __init__(self, detail: str, **fields: object) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.fields = fields
+
+
+class Malformed(Refused):
+    code, status, title = "malformed", 400, "The request cannot be read"
+
+
+class Unauthenticated(Refused):
+    code, status, title = "unauthenticated", 401, "The token is missing or not accepted"
+
+
+class Forbidden(Refused):
+    code, status, title = "forbidden", 403, "The role does not allow this"
+
+
+class NotFound(Refused):
+    """Also somebody else's thing: a stranger does not learn that it exists."""
+
+    code, status, title = "not_found", 404, "There is no such thing for you"
+
+
+class Conflict(Refused):
+    code, status, title = "conflict", 409, "Something else holds this now"
+
+
+class IllegalMove(Refused):
+    """The order cannot go there from where it is. `allowed`: where this caller may move it now."""
+
+    code, status, title = "illegal_move", 409, "The order cannot move there"
+
+    def __init__(self, detail: str, allowed: list[str]) -> None:
+        super().__init__(detail, allowed=allowed)
+
+
+class OrderClosed(Refused):
+    code, status, title = "order_closed", 409, "The order is in a final status"
+
+
+class PaymentRequired(Refused):
+    """`due`: what is still to be paid, in minor units of the order's currency."""
+
+    code, status, title = "payment_required", 409, "The order must be paid first"
+
+    def __init__(self, detail: str, due: int) -> None:
+        super().__init__(detail, due=due)
+
+
+class LinkExpired(Refused):
+    code, status, title = "link_expired", 410, "The link has ended"
+
+
+class TooLarge(Refused):
+    code, status, title = "too_large", 413, "The request is too large"
+
+
+class UnsupportedMedia(Refused):
+    code, status, title = "unsupported_media", 415, "The content type is not supported"
+
+
+class Invalid(Refused):
+    """A value breaks its rule. `pointer`: RFC 6901 pointer to it in the request body."""
+
+    code, status, title = "invalid", 422, "A value breaks its rule"
+
+    def __init__(self, detail: str, pointer: str = "") -> None:
+        super().__init__(detail, errors=[{"pointer": pointer, "code": "invalid", "message": detail}])
+
+
+class IdempotencyMismatch(Refused):
+    code, status, title = "idempotency_mismatch", 422, "The Idempotency-Key was used for another request"
+
+
+class Stale(Refused):
+    """The position is older than `LOCATION_MAX_AGE_MS`."""
+
+    code, status, title = "stale", 422, "The position is too old"
+
+
+class Unavailable(Refused):
+    code, status, title = "unavailable", 503, "A part that this needs does not answer now"

@@ -1,0 +1,1 @@
+"""Ring 3, how the world reaches us: edges, adapters, workers, wiring."""

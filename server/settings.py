@@ -1,0 +1,274 @@
+"""Every setting and every limit, read once from the environment.
+
+The name of a setting is its environment variable in lower case; a limit carries its unit in its name.
+`python -m server settings` prints this page as a table, `docs/operations.md` holds the same table.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta
+
+DEFAULT_JWT_SECRET = "waybill-development-secret-never-use-in-production"
+"""What signs tokens on a developer's machine when `JWT_SECRET` is not set. Production refuses it."""
+
+SECRET_BYTES_MIN = 32
+"""RFC 7518 section 3.2: an HS256 key is at least as long as its hash."""
+
+SECRETS = frozenset({"jwt_secret", "database_url", "redis_url", "metrics_token"})
+"""Settings whose value is never printed or logged."""
+
+Bytes = Annotated[int, Meta(ge=256, le=64 * 1024 * 1024)]
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+Milliseconds = Annotated[int, Meta(ge=1, le=3_600_000)]
+Seconds = Annotated[int, Meta(ge=1, le=400 * 24 * 3600)]
+
+
+class CannotStart(Exception):
+    """The process cannot start. The message is one sentence for the person who started it: what is wrong, what to do."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The typed page. Field order is the order of the printed table."""
+
+    environment: Annotated[Literal["development", "production"], Meta(description="which checks apply at start")] = (
+        "development"
+    )
+    host: Annotated[
+        str, Meta(description="address to listen on; empty: 127.0.0.1 in development, 0.0.0.0 in production")
+    ] = ""
+    port: Annotated[
+        Annotated[int, Meta(ge=0, le=65535)], Meta(description="port to listen on; 0: 8080 or the next free one")
+    ] = 0
+    public_url: Annotated[str, Meta(description="what links start with; empty: http://localhost:PORT")] = ""
+    data_dir: Annotated[str, Meta(description="where the embedded Postgres and Redis keep their data")] = ".data"
+    database_url: Annotated[str, Meta(description="postgresql://…; empty: the embedded Postgres")] = ""
+    redis_url: Annotated[str, Meta(description="redis:// or rediss://…; empty: the embedded Redis")] = ""
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="least severity that is logged, any case")
+    ] = "info"
+    metrics_token: Annotated[str, Meta(description="bearer token for /metrics; production answers 404 without it")] = ""
+
+    jwt_secret: Annotated[
+        str, Meta(description="HS256 key, 32 bytes or more; it also signs the guest tokens of links")
+    ] = DEFAULT_JWT_SECRET
+    jwt_public_key: Annotated[str, Meta(description="PEM of the RS256 or ES256 key that signs your tokens")] = ""
+    jwt_jwks_url: Annotated[str, Meta(description="URL of the JSON Web Key Set that signs your tokens")] = ""
+    jwt_audience: Annotated[str, Meta(description="required `aud` of every token; empty: not checked")] = ""
+    jwt_issuer: Annotated[str, Meta(description="required `iss` of every token; empty: not checked")] = ""
+    jwks_refresh_s: Annotated[Seconds, Meta(description="age at which the key set is fetched again")] = 300
+    jwks_retry_s: Annotated[Seconds, Meta(description="least pause between two fetches of the key set")] = 5
+    jwks_timeout_ms: Annotated[Milliseconds, Meta(description="time limit of one fetch of the key set")] = 2000
+    token_max_bytes: Annotated[Bytes, Meta(description="longest token that is looked at")] = 8192
+    revocation_poll_s: Annotated[Seconds, Meta(description="how often revocations are read again without news")] = 5
+    link_ttl_s: Annotated[Seconds, Meta(description="life of a link when the request names none")] = 7 * 24 * 3600
+    link_ttl_max_s: Annotated[Seconds, Meta(description="longest life that a request may ask for")] = 90 * 24 * 3600
+    guest_token_ttl_s: Annotated[Seconds, Meta(description="life of the token that a link is exchanged for")] = 3600
+
+    db_pool_size: Annotated[Count, Meta(description="connections to Postgres per process")] = 10
+    db_timeout_ms: Annotated[
+        Milliseconds, Meta(description="time limit of one statement, and of waiting for a connection")
+    ] = 2000
+    ready_db_grace_s: Annotated[
+        Seconds, Meta(description="how long Postgres may be gone before /health/ready says 503")
+    ] = 10
+    redis_timeout_ms: Annotated[Milliseconds, Meta(description="time limit of one Redis command")] = 1000
+    bus_ping_interval_ms: Annotated[
+        Milliseconds, Meta(description="how often the bus connection is asked whether it lives")
+    ] = 1000
+    relay_grace_ms: Annotated[
+        Milliseconds, Meta(description="age at which an unsent event is published by the relay")
+    ] = 500
+    relay_batch_max: Annotated[Count, Meta(description="most events that the relay takes at once")] = 500
+    bus_fallback_poll_ms: Annotated[
+        Milliseconds, Meta(description="how often watched orders are read while the bus is away")
+    ] = 1000
+    gap_check_interval_s: Annotated[Seconds, Meta(description="how often the tops of watched orders are compared")] = 5
+    drain_timeout_s: Annotated[Seconds, Meta(description="time between SIGTERM and exit")] = 15
+    idempotency_keep_s: Annotated[Seconds, Meta(description="life of an Idempotency-Key")] = 7 * 24 * 3600
+
+    body_max_bytes: Annotated[Bytes, Meta(description="largest request body")] = 256 * 1024
+    frame_max_bytes: Annotated[Bytes, Meta(description="largest message on a socket")] = 16 * 1024
+    order_lines_max: Annotated[Count, Meta(description="most lines of one order")] = 200
+    subscribe_timeout_ms: Annotated[Milliseconds, Meta(description="a subscribe is answered within this")] = 4000
+    subscriptions_per_socket_max: Annotated[Count, Meta(description="most orders that one socket may watch")] = 200
+    calls_in_flight_per_socket_max: Annotated[
+        Count, Meta(description="most unanswered events of one socket; further ones wait")
+    ] = 16
+    long_poll_max_s: Annotated[Seconds, Meta(description="longest `wait` of a read")] = 30
+    room_events_max: Annotated[Count, Meta(description="newest events that a watched order keeps in memory")] = 64
+    ping_interval_s: Annotated[Seconds, Meta(description="how often a socket is asked whether it lives")] = 25
+    ping_timeout_s: Annotated[Seconds, Meta(description="silence after which a socket is closed")] = 20
+    token_expiry_notice_s: Annotated[Seconds, Meta(description="`tokenExpiring` is sent this long before `exp`")] = 60
+
+    location_min_interval_ms: Annotated[
+        Annotated[int, Meta(ge=0, le=3_600_000)],
+        Meta(description="least pause between two shown positions of an order; 0: no thinning"),
+    ] = 0
+    location_next_interval_ms: Annotated[
+        Milliseconds, Meta(description="pause that agents are asked to keep between positions")
+    ] = 5000
+    location_keep_s: Annotated[Seconds, Meta(description="how long the last known position is kept")] = 24 * 3600
+    location_batch_max: Annotated[Count, Meta(description="most positions of one request")] = 100
+    assignment_cache_max: Annotated[Count, Meta(description="most (agent, order) answers that a process remembers")] = (
+        50_000
+    )
+    assignment_refusal_s: Annotated[Seconds, Meta(description="how long a refused (agent, order) is remembered")] = 5
+    rate_limits: Annotated[
+        Literal["on", "off"], Meta(description="off lifts every rate and every count; byte bounds stay")
+    ] = "on"
+
+    @property
+    def production(self) -> bool:
+        return self.environment == "production"
+
+    @property
+    def bind_host(self) -> str:
+        return self.host or ("0.0.0.0" if self.production else "127.0.0.1")
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether tokens are signed by somebody else's private key."""
+        return bool(self.jwt_public_key or self.jwt_jwks_url)
+
+
+def load(environ: Mapping[str, str], dotenv: Path | None = None) -> Settings:
+    """Read the settings from `environ`, and in development from a `.env` file for names that `environ` lacks.
+
+    Raises:
+        CannotStart: a value is wrong, a name is nearly but not quite one of ours, or two values contradict each other.
+    """
+    values = dict(environ)
+    if dotenv is not None and values.get("ENVIRONMENT", "development") == "development" and dotenv.is_file():
+        for name, value in _read_dotenv(dotenv).items():
+            values.setdefault(name, value)
+    _refuse_misspelt_names(values)
+    given: dict[str, object] = {}
+    for field, type_ in get_type_hints(Settings, include_extras=True).items():
+        raw = values.get(field.upper(), "").strip()
+        if raw:
+            given[field] = _convert(field, type_, raw.lower() if field in ("log_level", "rate_limits") else raw)
+    settings = Settings(**given)  # type: ignore[arg-type]  # each value was converted to its field's type above
+    _check_relations(settings)
+    if settings.production:
+        _check_production(settings)
+    return settings
+
+
+def table() -> list[tuple[str, str, str]]:
+    """(variable, default, meaning) of every setting, in the order of the page."""
+    rows = []
+    for field in msgspec.structs.fields(Settings):
+        hint = get_type_hints(Settings, include_extras=True)[field.name]
+        meaning = next(m.description for m in hint.__metadata__ if isinstance(m, Meta) and m.description)
+        default = "(development only)" if field.name == "jwt_secret" else str(field.default)
+        rows.append((field.name.upper(), default, meaning))
+    return rows
+
+
+def _read_dotenv(path: Path) -> dict[str, str]:
+    found = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        name, sep, value = line.removeprefix("export ").partition("=")
+        if not sep:
+            raise CannotStart(f"{path} line {number}: write NAME=value, not {line!r}.")
+        found[name.strip()] = value.strip().strip("\"'")
+    return found
+
+
+def _refuse_misspelt_names(values: Mapping[str, str]) -> None:
+    known = [field.upper() for field in Settings.__struct_fields__]
+    for name in values:
+        if name in known or "_" not in name:
+            continue
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.93)
+        if near:
+            raise CannotStart(f"{name} is not a setting; did you mean {near[0]}?")
+
+
+def _convert(field: str, type_: Any, raw: str) -> object:
+    try:
+        return msgspec.convert(raw, type_, strict=False)
+    except msgspec.ValidationError as error:
+        raise CannotStart(f"{field.upper()}={_shown(field, raw)} is wrong: write {_wanted(type_)}.") from error
+
+
+def _shown(field: str, raw: str) -> str:
+    return "(hidden)" if field in SECRETS else repr(raw)
+
+
+def _wanted(type_: Any) -> str:
+    bounds = [m for m in getattr(type_, "__metadata__", ()) if isinstance(m, Meta)]
+    inner = type_.__origin__ if hasattr(type_, "__metadata__") else type_
+    if get_origin(inner) is Literal:
+        *first, last = get_args(inner)
+        return f"{', '.join(first)} or {last}"
+    low = next((m.ge for m in bounds if m.ge is not None), None)
+    high = next((m.le for m in bounds if m.le is not None), None)
+    return f"a whole number from {low} to {high}" if low is not None else "a text"
+
+
+def _check_relations(s: Settings) -> None:
+    """Limits lean on each other; a pair that contradicts itself is refused at start, not found out in production."""
+    relations = [
+        (
+            s.db_timeout_ms < s.subscribe_timeout_ms,
+            "DB_TIMEOUT_MS must be less than SUBSCRIBE_TIMEOUT_MS: a subscribe reads twice",
+        ),
+        (s.redis_timeout_ms < s.subscribe_timeout_ms, "REDIS_TIMEOUT_MS must be less than SUBSCRIBE_TIMEOUT_MS"),
+        (
+            s.redis_timeout_ms + s.db_timeout_ms < s.subscribe_timeout_ms,
+            "REDIS_TIMEOUT_MS + DB_TIMEOUT_MS must be less than SUBSCRIBE_TIMEOUT_MS",
+        ),
+        (s.relay_grace_ms < s.gap_check_interval_s * 1000, "RELAY_GRACE_MS must be less than GAP_CHECK_INTERVAL_S"),
+        (
+            s.db_timeout_ms < s.drain_timeout_s * 1000,
+            "DB_TIMEOUT_MS must be less than DRAIN_TIMEOUT_S, or a drain cuts running requests",
+        ),
+        (s.frame_max_bytes <= s.body_max_bytes, "FRAME_MAX_BYTES must not be more than BODY_MAX_BYTES"),
+        (
+            s.idempotency_keep_s >= 7 * 24 * 3600,
+            "IDEMPOTENCY_KEEP_S must be 604800 (7 days) or more: clients retry for days",
+        ),
+        (s.link_ttl_s <= s.link_ttl_max_s, "LINK_TTL_S must not be more than LINK_TTL_MAX_S"),
+        (
+            urlsplit(s.database_url).scheme in ("", "postgres", "postgresql"),
+            "DATABASE_URL must start with postgres:// or postgresql://",
+        ),
+        (
+            urlsplit(s.redis_url).scheme in ("", "redis", "rediss", "unix"),
+            "REDIS_URL must start with redis:// or rediss://",
+        ),
+        (urlsplit(s.public_url).scheme in ("", "http", "https"), "PUBLIC_URL must start with http:// or https://"),
+    ]
+    for holds, sentence in relations:
+        if not holds:
+            raise CannotStart(sentence + ".")
+
+
+def _check_production(s: Settings) -> None:
+    missing = [
+        (s.jwt_secret == DEFAULT_JWT_SECRET, "set JWT_SECRET (make one with: openssl rand -hex 32)"),
+        (len(s.jwt_secret.encode()) < SECRET_BYTES_MIN, f"make JWT_SECRET {SECRET_BYTES_MIN} bytes or longer"),
+        (not s.database_url, "set DATABASE_URL: the embedded Postgres is for development"),
+        (not s.redis_url, "set REDIS_URL: the embedded Redis is for development"),
+        (s.rate_limits == "off", "unset RATE_LIMITS: off is for measuring"),
+    ]
+    wrong = [sentence for holds, sentence in missing if holds]
+    if wrong:
+        raise CannotStart("ENVIRONMENT=production refuses to start: " + "; ".join(wrong) + ".")
+
+
+def from_process() -> Settings:
+    """The settings of this process."""
+    return load(os.environ, Path(".env"))

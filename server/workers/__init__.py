@@ -1,0 +1,1 @@
+"""The loops beside the doors: each carries on what a crash may have left."""

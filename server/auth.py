@@ -33,6 +33,8 @@ JWKS_MAX_BYTES = 256 * 1024
 RSA_MIN_BITS = 2048
 MISSING = "Send a token: `Authorization: Bearer …`, or `auth.token` on a socket."
 
+UNREADABLE = (jwt.PyJWTError, RecursionError)
+
 PublicAlgorithm = Literal["RS256", "ES256"]
 
 log = structlog.get_logger(__name__)
@@ -60,6 +62,7 @@ class Revocations:
         self._jtis, self._subs = fresh._jtis, fresh._subs
 
     def add(self, kind: str, value: str, revoked_at: float) -> None:
+        """Take one more. Of two revocations of a subject the later one counts, in whatever order they come."""
         if kind == "jti":
             self._jtis.add(value)
         elif kind == "sub":
@@ -101,6 +104,7 @@ class KeySet:
         self._session: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
+        """Begin the first fetch."""
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=self._settings.jwks_timeout_ms / 1000),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -109,6 +113,7 @@ class KeySet:
         self._refresh()
 
     async def stop(self) -> None:
+        """End a running fetch."""
         session, self._session = self._session, None
         if self._fetching is not None:
             self._fetching.cancel()
@@ -242,11 +247,12 @@ class Authenticator:
             await self._key_set.start()
 
     async def stop(self) -> None:
+        """End a running fetch; who waits for it is refused for now."""
         if self._key_set is not None:
             await self._key_set.stop()
 
-    async def actor(self, token: str | None) -> Actor:
-        """The bearer of this token.
+    async def actor(self, token: object) -> Actor:
+        """The bearer of this token; on a socket it may be any JSON value.
 
         Raises:
             Unauthenticated: the token is missing, expired, revoked or not good.
@@ -258,7 +264,7 @@ class Authenticator:
             raise Unauthenticated(NOT_ACCEPTED)
         try:
             header = _jws.get_unverified_header(token)
-        except jwt.PyJWTError:
+        except UNREADABLE:
             raise Unauthenticated(NOT_ACCEPTED) from None
         payload = await self._verified(token, header.get("alg"), header.get("kid"))
         if payload is None:
@@ -289,13 +295,13 @@ class Authenticator:
         return self._links.token(link_id=link_id, order_id=order_id, scope=scope, now=now, expires_at=expires_at)
 
     def link_secret(self, link_id: str) -> str:
-        """The secret of a link: the same each time, so that a repeated request gets it again though it is not stored."""
+        """The secret of a link: the same each time, so a repeated request gets it again though it is not stored."""
         return self._links.secret(link_id)
 
 
 def _payload(token: str, key: bytes | RSAPublicKey | EllipticCurvePublicKey, algorithm: str) -> bytes | None:
     try:
         payload: bytes = _jws.decode(token, key, algorithms=[algorithm])
-    except jwt.PyJWTError:
+    except UNREADABLE:
         return None
     return payload

@@ -137,6 +137,7 @@ class LinkKeys:
         self._secret_key = hmac.digest(root, b"waybill: secrets of links, 1", "sha256")
 
     def token(self, *, link_id: str, order_id: str, scope: Scope, now: float, expires_at: float) -> str:
+        """A guest's token for one order. Its `jti` is the link, so ending the link ends the token."""
         claims: dict[str, Any] = {
             "sub": f"link:{link_id}",
             "role": Role.GUEST.value,
@@ -149,6 +150,7 @@ class LinkKeys:
         return jwt.encode(claims | _addressed(self._settings), self.token_key, "HS256", headers={"kid": LINK_KID})
 
     def secret(self, link_id: str) -> str:
+        """What stands in the link's URL: 43 characters that fit there as they are."""
         digest = hmac.digest(self._secret_key, link_id.encode(), "sha256")
         return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 

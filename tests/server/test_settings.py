@@ -54,7 +54,8 @@ def test_values_are_read_with_their_types() -> None:
 )
 def test_a_wrong_value_is_answered_with_what_to_write(name: str, value: str, wanted: str) -> None:
     told = sentence({name: value})
-    assert told.startswith(f"{name}={value!r} is wrong: write ") and wanted in told
+    assert told.startswith(f"{name}={value!r} is wrong: write ")
+    assert wanted in told
 
 
 @pytest.mark.parametrize(
@@ -96,8 +97,10 @@ def test_a_line_of_dotenv_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_production_starts_when_all_is_set() -> None:
     given = load(PRODUCTION)
-    assert given.production and given.bind_host == "0.0.0.0"
-    assert not Settings().production and Settings().bind_host == "127.0.0.1"
+    assert given.production
+    assert given.bind_host == "0.0.0.0"
+    assert not Settings().production
+    assert Settings().bind_host == "127.0.0.1"
     assert Settings(host="::1").bind_host == "::1"
 
 
@@ -139,7 +142,8 @@ def test_production_says_everything_that_is_missing_at_once() -> None:
 )
 def test_limits_that_contradict_each_other_are_refused(environ: dict[str, str], told: str) -> None:
     refusal = sentence(environ)
-    assert told in refusal and "pass-word" not in refusal
+    assert told in refusal
+    assert "pass-word" not in refusal
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql"])

@@ -18,8 +18,6 @@ class Told(NamedTuple):
 
     order_id: str
     events: Sequence[Event]
-    user_id: str | None = None
-    """An agent whose own sockets hear of it too, subscribed or not."""
 
 
 class Tx(Protocol):
@@ -48,6 +46,6 @@ class Tx(Protocol):
         """The rows of a query built with SQLAlchemy: for pages, not for hot paths."""
         ...
 
-    def tell(self, order_id: str, events: Sequence[Event], user_id: str | None = None) -> None:
+    def tell(self, order_id: str, events: Sequence[Event]) -> None:
         """Note events that this transaction has written."""
         ...

@@ -64,11 +64,14 @@ SEEN = "($2::boolean or o.customer_id = $3::text or o.agent_id = $4::text)"
 
 
 def order_uuid(order_id: str) -> uuid.UUID:
-    """Raises NotFound: a text that is no UUID names no order."""
+    """Raises NotFound: a text that is no UUID in its canonical form names nothing."""
     try:
-        return uuid.UUID(order_id)
+        found = uuid.UUID(order_id)
     except ValueError:
         raise NotFound("There is no such order.") from None
+    if str(found) != order_id:
+        raise NotFound("There is no such order.")
+    return found
 
 
 # place and quote
@@ -485,7 +488,7 @@ async def assign(tx: Tx, actor: Actor, order_id: str, cmd: Assign) -> Order:
     if isinstance(row, Order):
         return row
     order = from_row(row)
-    tx.tell(order_id, [event(order_id, order.seq, Type.ASSIGNED, now, body)], user_id=cmd.agent_id)
+    tx.tell(order_id, [event(order_id, order.seq, Type.ASSIGNED, now, body)])
     return order
 
 

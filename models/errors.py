@@ -97,5 +97,14 @@ class Stale(Refused):
     code, status, title = "stale", 422, "The position is too old"
 
 
+class RateLimited(Refused):
+    """`retryAfterMs`: when to come back."""
+
+    code, status, title = "rate_limited", 429, "Too many requests"
+
+    def __init__(self, detail: str, retry_after_ms: int) -> None:
+        super().__init__(detail, retryAfterMs=retry_after_ms)
+
+
 class Unavailable(Refused):
     code, status, title = "unavailable", 503, "A part that this needs does not answer now"

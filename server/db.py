@@ -64,8 +64,8 @@ class Transaction:
     def new_id(self) -> str:
         return str(self._database.new_id())
 
-    def tell(self, order_id: str, events: Sequence[Event], user_id: str | None = None) -> None:
-        self.told.append(Told(order_id, events, user_id))
+    def tell(self, order_id: str, events: Sequence[Event]) -> None:
+        self.told.append(Told(order_id, events))
 
     async def one(self, statement: str, *args: object) -> Row | None:
         connection = self._connection or await self._begin()
@@ -160,7 +160,7 @@ class Database:
         while True:
             await asyncio.sleep(PROBE_INTERVAL_S)
             with contextlib.suppress(Unavailable):
-                async with self.read() as tx:
+                async with self.statement() as tx:
                     await tx.one("select 1")
                 self._back()
 
@@ -172,13 +172,13 @@ class Database:
             self._pool.terminate()
 
     @asynccontextmanager
-    async def read(self) -> AsyncIterator[Transaction]:
+    async def statement(self) -> AsyncIterator[Transaction]:
         """A transaction for one statement: it commits by itself, without a round trip of its own."""
         async with self._transaction(atomic=False) as tx:
             yield tx
 
     @asynccontextmanager
-    async def write(self) -> AsyncIterator[Transaction]:
+    async def transaction(self) -> AsyncIterator[Transaction]:
         """A transaction of several statements: committed when the block ends, rolled back when it raises."""
         async with self._transaction(atomic=True) as tx:
             yield tx

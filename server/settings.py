@@ -125,6 +125,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Literal["on", "off"], Meta(description="off lifts every rate and every count; byte bounds stay")
     ] = "on"
 
+    def __repr__(self) -> str:
+        return f"Settings(environment={self.environment!r})"  # the rest holds secrets
+
     @property
     def production(self) -> bool:
         return self.environment == "production"
@@ -249,7 +252,10 @@ def _check_relations(s: Settings) -> None:
             urlsplit(s.redis_url).scheme in ("", "redis", "rediss", "unix"),
             "REDIS_URL must start with redis:// or rediss://",
         ),
-        (urlsplit(s.public_url).scheme in ("", "http", "https"), "PUBLIC_URL must start with http:// or https://"),
+        (
+            not s.public_url or urlsplit(s.public_url).scheme in ("http", "https"),
+            "PUBLIC_URL must start with http:// or https://",
+        ),
     ]
     for holds, sentence in relations:
         if not holds:

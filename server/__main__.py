@@ -1,0 +1,130 @@
+"""`python -m server all|web|worker|migrate|token|settings|demo`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from models.user import Role
+from server import logs
+from server import settings as settings_page
+from server.settings import CannotStart, Settings
+
+MODES = {
+    "all": "web and worker in one process; migrates before it serves",
+    "web": "serve REST and Socket.IO",
+    "worker": "carry on what was left: the relay and the sweeps",
+    "migrate": "bring the database to this version, and exit",
+    "demo": "`all`, with an order that moves and sample tokens",
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m server", description="Waybill, a real-time order tracking server.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help_ in MODES.items():
+        commands.add_parser(name, help=help_)
+    commands.add_parser("settings", help="print every setting, its default and its meaning")
+    token = commands.add_parser("token", help="print one token")
+    token.add_argument("--sub", required=True)
+    token.add_argument("--role", required=True, choices=list(Role))
+    token.add_argument("--order", action="append", help="narrow it to this order; may be repeated")
+    token.add_argument("--ttl", type=int, default=3600, metavar="SECONDS")
+    args = parser.parse_args(argv)
+    try:
+        settings = settings_page.from_process()
+        if args.command == "settings":
+            print(_settings_table())
+        elif args.command == "token":
+            from server.auth import mint
+
+            print(mint(settings, sub=args.sub, role=Role(args.role), orders=args.order, ttl_s=args.ttl))
+        else:
+            logs.configure(settings.log_level)
+            _run(_serve(settings, args.command))
+    except CannotStart as problem:
+        print(f"waybill: {problem}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def _settings_table() -> str:
+    rows = settings_page.table()
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{name:{widths[0]}}  {default:{widths[1]}}  {meaning}" for name, default, meaning in rows)
+
+
+def _run(coroutine: Coroutine[Any, Any, None]) -> None:
+    if sys.platform == "win32":
+        asyncio.run(coroutine)
+        return
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(coroutine)
+
+
+async def _serve(settings: Settings, command: str) -> None:
+    from server.embedded import data_servers
+
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with data_servers(
+        Path(settings.data_dir), settings.database_url or None, settings.redis_url or None, _say
+    ) as data:
+        if command == "migrate":
+            from server.migrate import migrate
+
+            await _until(stop, migrate(data.database_url))
+            return
+        from server.app import Process
+
+        process = Process(
+            settings,
+            data.database_url,
+            data.redis_url,
+            serves=command != "worker",
+            works=command != "web",
+            migrates=command in ("all", "demo"),
+        )
+        try:
+            await process.start()
+            demo = None
+            if command == "demo":
+                from server.demo import run_demo
+
+                demo = asyncio.create_task(run_demo(process, _say))
+            await stop.wait()
+            if demo is not None:
+                demo.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await demo
+        finally:
+            await process.stop()
+
+
+async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`, unless the process is asked to stop first."""
+    task, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    await asyncio.wait((task, stopped), return_when="FIRST_COMPLETED")
+    stopped.cancel()
+    if not task.done():
+        task.cancel()
+    await asyncio.gather(task, return_exceptions=not task.done())
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

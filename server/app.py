@@ -1,0 +1,292 @@
+"""Wiring: the only place where the parts of a process meet, start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+import socket
+from collections.abc import Coroutine
+from typing import Any
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from handlers import users
+from models.errors import Unavailable
+from server import metrics, migrate
+from server.auth import Authenticator
+from server.db import Database
+from server.docs import show_docs
+from server.doors import FORGET, Doors
+from server.health import Health
+from server.locations import Locations
+from server.outbox import CONTROL, Outbox, order_channel
+from server.realtime.bus import Bus
+from server.realtime.positions import SHOW, PositionLane
+from server.rest import Rest, add_routes, edge, problem
+from server.settings import CannotStart, Settings
+from server.sockets import Sockets
+from server.workers.relay import Relay
+
+log = structlog.get_logger()
+
+DEFAULT_PORT = 8080
+PORTS_TRIED_MAX = 20
+"""How many ports from DEFAULT_PORT on are tried when PORT is not set."""
+
+RETRY_IN_MS = 1000
+"""What clients are asked to wait before they come back from an instance that drains."""
+
+KEYS_SWEEP_S = 3600
+"""How often idempotency keys that are too old are deleted."""
+
+SCHEMA_POLL_S = 0.5
+"""How often a process that may not migrate looks whether somebody else has."""
+
+
+def utc_now() -> dt.datetime:
+    """The wall clock, in whole milliseconds: the precision that the contract shows."""
+    now = dt.datetime.now(dt.UTC)
+    return now.replace(microsecond=now.microsecond // 1000 * 1000)
+
+
+class Process:
+    """One process: it `serves` requests, `works` off what was left, or both. `migrates`: before it serves."""
+
+    def __init__(
+        self, settings: Settings, database_url: str, redis_url: str, *, serves: bool, works: bool, migrates: bool
+    ) -> None:
+        self.settings = settings
+        self._database_url = database_url
+        self._serves, self._works, self._migrates = serves, works, migrates
+        self.database = Database(database_url, settings, utc_now)
+        self.bus = Bus(
+            redis_url,
+            timeout_s=settings.redis_timeout_ms / 1000,
+            ping_interval_s=settings.bus_ping_interval_ms / 1000,
+            scripts=[SHOW],
+            on_message=self._on_message,
+            on_change=self._on_bus_change,
+        )
+        lane = PositionLane(
+            self.bus,
+            order_channel,
+            min_interval_s=settings.location_min_interval_ms / 1000,
+            keep_s=settings.location_keep_s,
+        )
+        self.outbox = Outbox(self.database, self.bus, lane)
+        self.authenticator = Authenticator(settings)
+        self.locations = Locations(
+            self.database,
+            self.bus,
+            lane,
+            remembered_max=settings.assignment_cache_max,
+            refusal_s=settings.assignment_refusal_s,
+        )
+        doors = Doors(self.database, self.outbox)
+        self.sockets = Sockets(settings, doors, self.authenticator, self.bus, lane, self.locations)
+        self.rest = Rest(settings, doors, self.authenticator, self.sockets, self.locations, lane, self._revoked_here)
+        self.relay = Relay(
+            self.database,
+            self.bus,
+            self.outbox,
+            grace_ms=settings.relay_grace_ms,
+            batch_max=settings.relay_batch_max,
+        )
+        self.health = Health(settings, self.database, self.bus, lambda: len(self.sockets.rooms))
+        self.health.loops_running = self._loops_running
+        self._tasks: list[asyncio.Task[None]] = []
+        self._runner: web.AppRunner | None = None
+        self._news: list[users.Revoked] = []
+        self._revocations_known = False
+        self.port = 0
+
+    # starting and stopping
+
+    async def start(self) -> None:
+        """Listen, then get ready in the background: a data server that does not answer yet is waited for.
+
+        Raises:
+            CannotStart: the port is taken.
+        """
+        await self.authenticator.start()
+        self.bus.subscribe(CONTROL)
+        self._loop("postgres", self.database.run())
+        self._loop("redis", self.bus.run())
+        self._loop("schema", self._wait_for_schema())
+        self._loop("revocations", self._follow_revocations())
+        self._loop("outbox", self.outbox.run())
+        if self._serves:
+            self._loop("rooms", self.sockets.rooms.run())
+            self._loop("tokens", self.sockets.watch_tokens())
+        if self._works:
+            self._loop("relay", self._when_schema_is_there(self.relay.run()))
+            self._loop("keys", self._when_schema_is_there(self._forget_old_keys()))
+        await self._listen()
+
+    async def stop(self) -> None:
+        """Drain: no new work, clients sent elsewhere, requests answered, what was sent marked. Bounded by
+        `DRAIN_TIMEOUT_S`."""
+        self.health.draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.drain_timeout_s):
+                self.sockets.rooms.close()
+                self.sockets.drain(RETRY_IN_MS)
+                if self._runner is not None:
+                    await self._runner.cleanup()
+                with contextlib.suppress(Exception):
+                    await self.bus.call("PING")  # behind this one, every publish has been answered
+                await self.outbox.flush()
+        for task in reversed(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.database.close()
+        await self.authenticator.stop()
+
+    def _loop(self, name: str, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine, name=name)
+        task.add_done_callback(_report)
+        self._tasks.append(task)
+
+    def _loops_running(self) -> bool:
+        return all(not task.done() or (not task.cancelled() and task.exception() is None) for task in self._tasks)
+
+    # the schema
+
+    async def _wait_for_schema(self) -> None:
+        await self.database.reached.wait()
+        wanted = migrate.head()
+        while not self.health.schema_ready:
+            try:
+                if self._migrates:
+                    await migrate.migrate(self._database_url)
+                async with self.database.statement() as tx:
+                    self.health.schema_ready = await migrate.at_head(tx, wanted)
+            except (Unavailable, OSError):
+                log.warning("schema_not_reached")
+            if not self.health.schema_ready:
+                await asyncio.sleep(SCHEMA_POLL_S)
+        log.info("schema_ready", revision=wanted)
+
+    async def _when_schema_is_there(self, loop: Coroutine[Any, Any, None]) -> None:
+        try:
+            while not self.health.schema_ready:
+                await asyncio.sleep(SCHEMA_POLL_S)
+        except asyncio.CancelledError:
+            loop.close()
+            raise
+        await loop
+
+    # the bus
+
+    def _on_message(self, channel: str, message: bytes) -> None:
+        try:
+            if channel == CONTROL:
+                self._on_revoked(msgspec.json.decode(message, type=users.Revoked))
+            else:
+                self.sockets.on_message(channel, message)
+        except (ValueError, KeyError, msgspec.MsgspecError):
+            log.exception("bus_message_not_understood", channel=channel)
+
+    def _on_bus_change(self) -> None:
+        if not self.bus.up:
+            metrics.bus_losses.inc()
+        self.locations.forget_all()
+        self.sockets.rooms.check_all()
+
+    # revocations
+
+    def _revoked_here(self, revoked: users.Revoked) -> None:
+        """Tell all instances. This one does not wait for the bus: it may be away."""
+        self.bus.publish(CONTROL, msgspec.json.encode(revoked))
+        self._on_revoked(revoked)
+
+    def _on_revoked(self, revoked: users.Revoked) -> None:
+        self._news.append(revoked)
+        self.authenticator.revocations.add(revoked.kind, revoked.value, revoked.at)
+        self._end_revoked()
+
+    def _end_revoked(self) -> None:
+        task = asyncio.create_task(self.sockets.end_revoked())
+        task.add_done_callback(_report)
+        self._ending = task
+
+    async def _follow_revocations(self) -> None:
+        """Read all revocations again every now and then: the bus may have lost one."""
+        while True:
+            self._news.clear()
+            try:
+                if self.health.schema_ready:
+                    async with self.database.statement() as tx:
+                        known = await users.revocations(tx)
+                    self.authenticator.revocations.load((one.kind, one.value, one.at) for one in known)
+                    for one in self._news:  # came while we were reading
+                        self.authenticator.revocations.add(one.kind, one.value, one.at)
+                    self._revocations_known = True
+                    self._end_revoked()
+            except Unavailable:
+                pass  # what is known stays known
+            await asyncio.sleep(self.settings.revocation_poll_s if self._revocations_known else SCHEMA_POLL_S)
+
+    # idempotency keys
+
+    async def _forget_old_keys(self) -> None:
+        while True:
+            try:
+                async with self.database.statement() as tx:
+                    await tx.one(FORGET, tx.now() - dt.timedelta(seconds=self.settings.idempotency_keep_s))
+            except Unavailable:
+                log.warning("idempotency_keys_not_swept")
+            await asyncio.sleep(KEYS_SWEEP_S)
+
+    # listening
+
+    async def _listen(self) -> None:
+        app = web.Application(middlewares=[edge], client_max_size=self.settings.body_max_bytes)
+        app.router.add_get("/health/live", self.health.live)
+        app.router.add_get("/health/ready", self.health.show_ready)
+        app.router.add_get("/metrics", self.health.show_metrics)
+        if self._serves:
+            app.router.add_get("/", show_docs)
+            app.router.add_get("/docs", show_docs)
+            for method in ("GET", "POST", "OPTIONS"):
+                app.router.add_route(method, "/socket.io/", self._socket)
+            add_routes(app, self.rest)
+        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5.0)
+        await self._runner.setup()
+        listener = self._bind()
+        await web.SockSite(self._runner, listener, backlog=4096).start()
+        self.port = listener.getsockname()[1]
+        if not self.rest.public_url:
+            self.rest.public_url = f"http://localhost:{self.port}"
+        log.info("listening", host=self.settings.bind_host, port=self.port)
+
+    def _bind(self) -> socket.socket:
+        host, port = self.settings.bind_host, self.settings.port
+        for candidate in [port] if port else range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED_MAX):
+            listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((host, candidate))
+            except OSError as error:
+                listener.close()
+                why = error.strerror
+                continue
+            return listener
+        if port:
+            raise CannotStart(
+                f"Port {port} on {host} cannot be used ({why}): another program has it. Stop that one or set PORT."
+            )
+        raise CannotStart(f"Ports {DEFAULT_PORT} to {candidate} are all taken: set PORT to a free one.")
+
+    async def _socket(self, request: web.Request) -> web.StreamResponse:
+        if "sid" not in request.query and (self.health.draining or not self.health.schema_ready):
+            return problem(Unavailable("This instance takes no new connections now."), "")
+        return await self.sockets.engine.handle_request(request)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("loop_ended", loop=task.get_name(), exc_info=task.exception())

@@ -1,0 +1,126 @@
+"""The demo: an order that is placed, cooked, carried through Bengaluru and delivered, again and again.
+
+It uses the doors as any client would: REST on loopback, with tokens of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from models.user import Role, Scope
+from server.app import Process
+from server.auth import mint
+
+STEP_S = 1.0
+"""Pause between two positions."""
+
+STAGE_S = 4.0
+"""Pause between two statuses."""
+
+POSITIONS = 90
+"""Positions of one ride."""
+
+FROM, TO = (12.9716, 77.5946), (12.9352, 77.6245)
+"""The kitchen and the door, in degrees."""
+
+ORDER = {
+    "customerId": "demo-customer",
+    "fulfilment": "delivery",
+    "currency": "INR",
+    "items": [{"name": "Masala dosa", "quantity": 2, "unitPrice": 12000, "taxRateBp": 500}],
+    "deliveryAddress": {"line1": "12 MG Road", "city": "Bengaluru", "postalCode": "560001", "country": "IN"},
+}
+
+
+async def run_demo(process: Process, say: Callable[[str], None]) -> None:
+    """Move demo orders until cancelled."""
+    while not process.health.ready:
+        await asyncio.sleep(0.05)
+    base = f"http://127.0.0.1:{process.port}"
+    async with aiohttp.ClientSession(trust_env=False) as session:
+        client = _Client(session, base, process)
+        order = await client.place()
+        say(_welcome(process, order))
+        while True:
+            await client.deliver(order["id"])
+            await asyncio.sleep(STAGE_S)
+            order = await client.place()
+            say(f"A new demo order is on its way: {order['id']}")
+
+
+class _Client:
+    def __init__(self, session: aiohttp.ClientSession, base: str, process: Process) -> None:
+        self._session, self._base, self._process = session, base, process
+
+    async def _post(self, path: str, body: dict[str, Any], role: Role, sub: str) -> dict[str, Any]:
+        token = mint(self._process.settings, sub=sub, role=role, ttl_s=60)
+        async with self._session.post(
+            f"{self._base}/api/v1{path}", json=body, headers={"Authorization": f"Bearer {token}"}
+        ) as response:
+            answer: dict[str, Any] = msgspec.json.decode(await response.read())
+            if response.status >= 300:
+                raise RuntimeError(f"the demo's {path} was refused: {answer}")
+            return answer
+
+    async def place(self) -> dict[str, Any]:
+        order = await self._post("/orders", ORDER, Role.SERVICE, "demo-shop")
+        agent = {"agentId": "demo-agent", "agentName": "Asha Kumar", "vehicle": "KA 01 1234"}
+        return await self._post(f"/orders/{order['id']}/assign", agent, Role.SERVICE, "demo-shop")
+
+    async def deliver(self, order_id: str) -> None:
+        for status in ("confirmed", "preparing", "ready"):
+            await asyncio.sleep(STAGE_S)
+            await self._post(f"/orders/{order_id}/status", {"status": status}, Role.SERVICE, "demo-shop")
+        await asyncio.sleep(STAGE_S)
+        await self._post(f"/orders/{order_id}/status", {"status": "out_for_delivery"}, Role.AGENT, "demo-agent")
+        for step in range(POSITIONS):
+            await self._post(f"/orders/{order_id}/location", _position(step / (POSITIONS - 1)), Role.AGENT, "demo-agent")
+            await asyncio.sleep(STEP_S)
+        await self._post(f"/orders/{order_id}/status", {"status": "delivered"}, Role.AGENT, "demo-agent")
+
+
+def _position(share: float) -> dict[str, Any]:
+    """Where the courier is after this share of the way: a bent line, because streets are."""
+    bend = math.sin(share * math.pi) * 0.006
+    lat = FROM[0] + (TO[0] - FROM[0]) * share + bend
+    lng = FROM[1] + (TO[1] - FROM[1]) * share - bend
+    return {"lat": round(lat, 6), "lng": round(lng, 6), "ts": int(time.time() * 1000), "accuracy": 8}
+
+
+def _welcome(process: Process, order: dict[str, Any]) -> str:
+    day_s = 24 * 3600
+    tokens = {
+        role: mint(process.settings, sub=sub, role=role, ttl_s=day_s)
+        for role, sub in (
+            (Role.CUSTOMER, "demo-customer"),
+            (Role.AGENT, "demo-agent"),
+            (Role.SERVICE, "demo-shop"),
+        )
+    }
+    guest = mint(process.settings, sub="demo-guest", role=Role.GUEST, orders=[order["id"]], scope=Scope.TRACK, ttl_s=day_s)
+    base = f"http://localhost:{process.port}"
+    return f"""
+Waybill is ready.
+
+  Open        {base}/docs
+  Demo order  {order["id"]} (it moves by itself)
+
+  Tokens, good for a day
+    customer  {tokens[Role.CUSTOMER]}
+    agent     {tokens[Role.AGENT]}
+    service   {tokens[Role.SERVICE]}
+    guest     {guest}
+
+  Watch it move: each call waits for the next event
+    curl -H 'Authorization: Bearer {tokens[Role.CUSTOMER]}' \\
+      '{base}/api/v1/orders/{order["id"]}/events?after=2&wait=30'
+
+  Ctrl-C stops everything; the data stays in {process.settings.data_dir}/ for the next start.
+"""

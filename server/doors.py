@@ -1,0 +1,156 @@
+"""What both doors do with a command: read it, run its verb in a transaction, once per Idempotency-Key, tell the bus.
+
+REST and Socket.IO differ in how a command arrives and how an answer leaves; everything between is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from handlers.context import Tx
+from models.errors import Conflict, IdempotencyMismatch, Invalid, Malformed
+from models.inbox import KEY_CHARACTERS_MAX
+from models.user import Actor
+from server.db import Database
+from server.outbox import Outbox
+
+CommandT = TypeVar("CommandT")
+
+_KEY = re.compile(rf"[\x21-\x7e][\x20-\x7e]{{0,{KEY_CHARACTERS_MAX - 1}}}")
+_PLACE = re.compile(r" - at `\$(?P<path>[^`]*)`$")
+_STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\[(\.\.\.)\]")
+
+
+class Verb(NamedTuple):
+    """A verb of ring 2 as the doors call it: `run(tx, actor, *args)`.
+
+    `before` runs outside the transaction, for what must happen on the network first; it may refuse.
+    """
+
+    name: str
+    run: Callable[..., Awaitable[Any]]
+    status: int = 200
+    before: Callable[..., Awaitable[None]] | None = None
+
+
+class Answer(NamedTuple):
+    status: int
+    body: bytes
+    """JSON."""
+
+
+def convert(value: object, type_: type[CommandT], *, strict: bool = True) -> CommandT:
+    """`value`, decoded JSON or query parameters, as a command.
+
+    Raises:
+        Invalid, with a pointer at what is wrong; Malformed: text that is no Unicode.
+    """
+    try:
+        return msgspec.convert(value, type_, strict=strict)
+    except msgspec.ValidationError as error:
+        raise invalid(error) from None
+    except (UnicodeError, RecursionError):
+        raise Malformed("The request holds text that is no Unicode, or is nested too deep.") from None
+
+
+def decode(body: bytes, type_: type[CommandT]) -> CommandT:
+    """A JSON body as a command.
+
+    Raises:
+        Malformed: no JSON (RFC 8259). Invalid: JSON, but not this command.
+    """
+    try:
+        return msgspec.json.decode(body or b"{}", type=type_)
+    except msgspec.ValidationError as error:
+        raise invalid(error) from None
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        raise Malformed("The body is not JSON.") from None
+
+
+def invalid(error: msgspec.ValidationError) -> Invalid:
+    """msgspec's sentence as a refusal, its path as a JSON pointer (RFC 6901)."""
+    text = str(error)
+    place = _PLACE.search(text)
+    if place is None:
+        unknown = re.fullmatch(r"Object (?:contains unknown|missing required) field `([^`]*)`", text)
+        return Invalid(text + ".", f"/{unknown[1]}" if unknown else "")
+    pointer = "".join("/" + next(part for part in step if part) for step in _STEP.findall(place["path"]))
+    message = text[: place.start()]
+    unknown = re.fullmatch(r"Object (?:contains unknown|missing required) field `([^`]*)`", message)
+    return Invalid(message + ".", f"{pointer}/{unknown[1]}" if unknown else pointer)
+
+
+class Doors:
+    """Runs verbs for both doors."""
+
+    def __init__(self, database: Database, outbox: Outbox) -> None:
+        self.database = database
+        self._outbox = outbox
+
+    async def perform(self, verb: Verb, actor: Actor, *args: object, key: str | None = None) -> Answer:
+        """Carry out `verb(tx, actor, *args)` and hand its events to the bus after its commit.
+
+        With `key`, the answer is stored in the verb's own transaction and replayed for the same command.
+
+        Raises:
+            What the verb refuses; Conflict: a command with this key is running; IdempotencyMismatch: the key was used
+            for another command; Invalid: the key is no key.
+        """
+        if key is not None:
+            return await self._perform_once(verb, actor, key, *args)
+        await self._before(verb, actor, *args)
+        async with self.database.statement() as tx:
+            result = await verb.run(tx, actor, *args)
+        self._outbox.publish(tx.told)
+        return Answer(verb.status, msgspec.json.encode(result) if result is not None else b"")
+
+    async def _before(self, verb: Verb, actor: Actor, *args: object) -> None:
+        if verb.before is not None:
+            async with self.database.statement() as tx:
+                await verb.before(tx, actor, *args)
+
+    async def _perform_once(self, verb: Verb, actor: Actor, key: str, *args: object) -> Answer:
+        if not _KEY.fullmatch(key):
+            raise Invalid(f"An Idempotency-Key is 1 to {KEY_CHARACTERS_MAX} printable ASCII characters.")
+        caller = f"{actor.role}:{actor.sub}"
+        slot = (caller, verb.name, key)
+        fingerprint = hashlib.sha256(msgspec.json.encode(args)).digest()
+        async with self.database.statement() as tx:
+            stored = await _stored(tx, slot, fingerprint)
+        if stored is not None:
+            return stored
+        await self._before(verb, actor, *args)
+        async with self.database.transaction() as tx:
+            lock = int.from_bytes(hashlib.sha256("\0".join(slot).encode()).digest()[:8], signed=True)
+            locked = await tx.one("select pg_try_advisory_xact_lock($1) as held", lock)
+            if locked is None or not locked["held"]:
+                raise Conflict("A request with this Idempotency-Key is running.")
+            stored = await _stored(tx, slot, fingerprint)
+            if stored is not None:
+                return stored
+            result = await verb.run(tx, actor, *args)
+            answer = Answer(verb.status, msgspec.json.encode(result) if result is not None else b"")
+            await tx.one(KEEP, *slot, fingerprint, answer.status, answer.body.decode(), tx.now())
+        self._outbox.publish(tx.told)
+        return answer
+
+
+STORED = "select fingerprint, status, answer from idempotency_keys where caller = $1 and verb = $2 and key = $3"
+KEEP = """
+insert into idempotency_keys (caller, verb, key, fingerprint, status, answer, created_at)
+values ($1, $2, $3, $4, $5, $6, $7)"""
+FORGET = "delete from idempotency_keys where created_at < $1"
+
+
+async def _stored(tx: Tx, slot: tuple[str, str, str], fingerprint: bytes) -> Answer | None:
+    row = await tx.one(STORED, *slot)
+    if row is None:
+        return None
+    if row["fingerprint"] != fingerprint:
+        raise IdempotencyMismatch("This Idempotency-Key was used for another request; take a new one.")
+    return Answer(row["status"], row["answer"].encode())

@@ -1,0 +1,67 @@
+"""Is this process alive, may it be given work, and how is it doing."""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Callable
+
+from aiohttp import hdrs, web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from models.errors import NotFound
+from server import metrics
+from server.auth import bearer
+from server.db import Database
+from server.realtime.bus import Bus
+from server.rest import answer
+from server.settings import Settings
+
+
+class Health:
+    """The answers of /health/live, /health/ready and /metrics."""
+
+    def __init__(self, settings: Settings, database: Database, bus: Bus, watched_orders: Callable[[], int]) -> None:
+        self._settings = settings
+        self._database = database
+        self._bus = bus
+        self._watched_orders = watched_orders
+        self.schema_ready = False
+        self.loops_running: Callable[[], bool] = lambda: False
+        self.draining = False
+
+    def state(self) -> dict[str, str]:
+        """Each part and its state; `ready` sums them up."""
+        gone_since = self._database.gone_since
+        gone_long = gone_since is not None and time.monotonic() - gone_since > self._settings.ready_db_grace_s
+        database = "starting" if not self._database.reached.is_set() else "gone" if gone_long else "ok"
+        redis = "ok" if self._bus.up else "degraded" if self._bus.reached.is_set() else "starting"
+        schema = "ok" if self.schema_ready else "behind"
+        loops = "ok" if self.loops_running() else "stopped"
+        good = database == schema == loops == "ok" and redis != "starting" and not self.draining
+        status = "draining" if self.draining else "ready" if good else "not ready"
+        return {"status": status, "postgres": database, "redis": redis, "schema": schema, "loops": loops}
+
+    @property
+    def ready(self) -> bool:
+        return self.state()["status"] == "ready"
+
+    async def live(self, request: web.Request) -> web.Response:
+        return answer({"status": "alive"})
+
+    async def show_ready(self, request: web.Request) -> web.Response:
+        state = self.state()
+        return answer(state, status=200 if state["status"] == "ready" else 503)
+
+    async def show_metrics(self, request: web.Request) -> web.Response:
+        """Prometheus' text format. With METRICS_TOKEN its bearer only; in production never without one."""
+        wanted = self._settings.metrics_token
+        given = bearer(request.headers.get(hdrs.AUTHORIZATION)) or ""
+        if (wanted and not hmac.compare_digest(given.encode(), wanted.encode())) or (
+            not wanted and self._settings.production
+        ):
+            raise NotFound("There is nothing at this address.")
+        metrics.bus_up.set(self._bus.up)
+        metrics.database_up.set(self._database.gone_since is None)
+        metrics.watched_orders.set(self._watched_orders())
+        return web.Response(body=generate_latest(), headers={hdrs.CONTENT_TYPE: CONTENT_TYPE_LATEST})

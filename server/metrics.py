@@ -1,0 +1,24 @@
+"""What is measured, in Prometheus' terms. Every name is here; `docs/operations.md` says what to watch."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+requests = Counter("waybill_http_requests_total", "Answered requests.", ["method", "route", "status"])
+request_seconds = Histogram(
+    "waybill_http_request_seconds",
+    "Time from the first byte of a request to its answer.",
+    ["method", "route"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
+)
+socket_events = Counter("waybill_socket_events_total", "Events received on sockets.", ["event", "outcome"])
+connections = Gauge("waybill_connections", "Sockets connected to this process.")
+watched_orders = Gauge("waybill_watched_orders", "Orders that somebody watches on this process.")
+expelled = Counter("waybill_expelled_total", "Sessions that the server ended.", ["code"])
+events_published = Counter("waybill_events_published_total", "Order events handed to Redis.", ["by"])
+events_marked = Counter("waybill_events_marked_sent_total", "Order events marked as sent.")
+positions = Counter("waybill_positions_total", "Positions received from agents.", ["outcome"])
+gaps_filled = Counter("waybill_gap_events_total", "Order events that were read from the table instead of the bus.")
+bus_up = Gauge("waybill_bus_up", "1 while Redis answers.")
+bus_losses = Counter("waybill_bus_losses_total", "How often Redis was lost.")
+database_up = Gauge("waybill_database_up", "1 while Postgres answers.")

@@ -1,0 +1,248 @@
+"""Socket.IO and Engine.IO: python-socketio's server, with the parts replaced that the contract cannot live with.
+
+Replaced: parsing of incoming packets (strict JSON, refusals instead of tracebacks), dispatch (a table instead of `on_<any
+name>`, acknowledgements in order with what else is sent), the WebSocket driver (no deflate, bounded frames). Everything
+else, long polling and the upgrade from it included, is the library's. docs/decisions/0003-extending-python-socketio.md.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import engineio
+import msgspec
+import socketio
+import structlog
+from aiohttp import WSMsgType, web
+from engineio import packet as eio_packet
+from socketio import packet as sio_packet
+
+from models.errors import Refused, Unavailable
+from models.user import Actor
+from server.realtime.connections import Connection, Frame, acknowledgement
+
+log = structlog.get_logger()
+
+ACK_DIGITS_MAX = 15
+"""Longest acknowledgement number: what a JavaScript number counts exactly."""
+
+NAMESPACE = "/"
+
+
+class Unreadable:
+    """Stands for arguments that are no JSON (RFC 8259) but whose event and acknowledgement number could be read."""
+
+
+class _Json:
+    """The JSON of the wire. Python's own reader accepts NaN, Infinity and lone surrogates; what only it can read becomes
+    `Unreadable`, so that the client's event is refused with a code instead of the connection being dropped."""
+
+    @staticmethod
+    def dumps(value: object, **_: object) -> str:
+        return msgspec.json.encode(value).decode()
+
+    @staticmethod
+    def loads(text: str) -> Any:
+        try:
+            return msgspec.json.decode(text)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            value = json.loads(text)  # RecursionError and ValueError: not readable at all
+            if isinstance(value, list) and value and isinstance(value[0], str):
+                return [value[0], Unreadable()]
+            raise ValueError("not JSON") from None
+
+
+class _WebSocket:
+    """Engine.IO's WebSocket driver for aiohttp: five methods, uncompressed, with a bound on the size of a frame."""
+
+    def __init__(self, handler: Callable[[Any], Awaitable[None]], server: engineio.AsyncServer) -> None:
+        self._handler = handler
+        self._socket = web.WebSocketResponse(max_msg_size=server.max_http_buffer_size, compress=False, timeout=1.0)
+
+    async def __call__(self, environ: dict[str, Any]) -> web.WebSocketResponse:
+        await self._socket.prepare(environ["aiohttp.request"])
+        await self._handler(self)
+        return self._socket
+
+    async def close(self) -> None:
+        await self._socket.close()
+
+    async def send(self, message: str | bytes) -> None:
+        if isinstance(message, bytes):
+            await self._socket.send_bytes(message)
+        else:
+            await self._socket.send_str(message)
+
+    async def wait(self) -> str | bytes | None:
+        """The next message; None when the connection has ended, or speaks no Engine.IO."""
+        message = await self._socket.receive()
+        if message.type is WSMsgType.BINARY:
+            return bytes(message.data)
+        if message.type is WSMsgType.TEXT and message.data and message.data[0] in "123456":
+            return str(message.data)
+        return None
+
+
+class _EngineServer(engineio.AsyncServer):
+    """Engine.IO whose session ids name their instance, and whose errors say what to do."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._async = dict(self._async, websocket=_WebSocket)
+
+    def generate_id(self) -> str:
+        return secrets.token_urlsafe(15)
+
+    def _bad_request(self, message: str | None = None) -> dict[str, Any]:
+        if message is not None and message.startswith("Invalid session"):
+            message = (
+                "Session ID unknown. It ended, or it lives on another instance: polling needs sticky sessions, "
+                'or connect with transports: ["websocket"].'
+            )
+        body = msgspec.json.encode({"code": 1 if message else 3, "message": message or "Bad request"})
+        return {"status": "400 BAD REQUEST", "headers": [("Content-Type", "application/json")], "response": body}
+
+
+class Engine(socketio.AsyncServer):
+    """The Socket.IO server of one instance.
+
+    `authenticate(auth, environ)` turns the client's CONNECT payload into an Actor, or raises a refusal. `on_event` is
+    called for every event of a connected client with its name, its arguments and a function that answers it (None when
+    the client wants no answer). `on_open` and `on_close` frame a connection's life.
+    """
+
+    def __init__(
+        self,
+        *,
+        authenticate: Callable[[object], Awaitable[Actor]],
+        on_event: Callable[[Connection, str, list[Any], int | None], Awaitable[None]],
+        on_open: Callable[[Connection], None],
+        on_close: Callable[[Connection], None],
+        frame_max_bytes: int,
+        ping_interval_s: int,
+        ping_timeout_s: int,
+    ) -> None:
+        super().__init__(
+            async_mode="aiohttp",
+            json=_Json,
+            max_http_buffer_size=frame_max_bytes,
+            ping_interval=ping_interval_s,
+            ping_timeout=ping_timeout_s,
+            logger=False,
+            engineio_logger=False,
+        )
+        self._authenticate = authenticate
+        self._on_event = on_event
+        self._on_open = on_open
+        self._on_close = on_close
+        self.connections: dict[str, Connection] = {}
+        """By Engine.IO session id."""
+        self.on("connect", self._connected, namespace=NAMESPACE)
+        self.on("disconnect", self._disconnected, namespace=NAMESPACE)
+
+    def _engineio_server_class(self) -> type[engineio.AsyncServer]:
+        return _EngineServer
+
+    async def _connected(self, sid: str, environ: dict[str, Any], auth: object = None) -> None:
+        eio_sid = self.manager.eio_sid_from_sid(sid, NAMESPACE)
+        socket = self.eio.sockets[eio_sid]
+        try:
+            actor = await self._authenticate(auth)
+        except Unavailable as refusal:
+            # refused for now: a closed transport makes the client come back, a CONNECT_ERROR would not
+            socket.queue.put_nowait(None)
+            raise socketio.exceptions.ConnectionRefusedError(refusal.detail) from None
+        except Refused as refusal:
+            raise socketio.exceptions.ConnectionRefusedError(
+                refusal.detail, {"code": refusal.code, "message": refusal.detail, **refusal.fields}
+            ) from None
+        self.connections[eio_sid] = connection = Connection(sid, socket, actor)
+        self._on_open(connection)
+
+    async def _disconnected(self, sid: str, reason: str) -> None:
+        eio_sid = self.manager.eio_sid_from_sid(sid, NAMESPACE)
+        connection = self.connections.pop(eio_sid, None)
+        if connection is not None:
+            for task in connection.calls:
+                task.cancel()
+            self._on_close(connection)
+
+    async def expel(self, connection: Connection, code: str) -> None:
+        """End a session for good: `disconnected {code}`, then DISCONNECT, after which clients stay away."""
+        connection.emit("disconnected", {"code": code})
+        await self.disconnect(connection.id)
+        connection.hang_up()
+
+    async def _handle_eio_message(self, eio_sid: str, data: object) -> None:
+        """An Engine.IO message has arrived. Replaces the library's method: what is not understood ends the session."""
+        try:
+            if not isinstance(data, str):
+                raise ValueError("binary or not a Socket.IO packet")
+            packet = self._read(data)
+        except (ValueError, RecursionError):
+            self._refuse_packet(eio_sid)
+            return
+        if packet.packet_type == sio_packet.EVENT:
+            await self._event(eio_sid, packet)
+        elif packet.packet_type == sio_packet.CONNECT:
+            await self._handle_connect(eio_sid, packet.namespace, packet.data)
+        elif packet.packet_type == sio_packet.DISCONNECT:
+            await self._handle_disconnect(eio_sid, packet.namespace, self.reason.CLIENT_DISCONNECT)
+        elif packet.packet_type == sio_packet.ACK:
+            await self._handle_ack(eio_sid, packet.namespace, packet.id, packet.data)
+
+    def _read(self, data: str) -> sio_packet.Packet:
+        """Raises ValueError: not a packet that a client of this server may send."""
+        packet = self.packet_class(encoded_packet=data)
+        if packet.packet_type in (sio_packet.EVENT, sio_packet.ACK):
+            if not isinstance(packet.data, list) or len(str(packet.id or 0)) > ACK_DIGITS_MAX:
+                raise ValueError("an event is a list")
+            if packet.packet_type == sio_packet.EVENT and not (packet.data and isinstance(packet.data[0], str)):
+                raise ValueError("an event has a name")
+        elif packet.packet_type == sio_packet.CONNECT:
+            if packet.data is not None and not isinstance(packet.data, dict):
+                raise ValueError("the payload of CONNECT is an object")
+        elif packet.packet_type != sio_packet.DISCONNECT:
+            raise ValueError("not for a server")
+        return packet
+
+    async def _handle_connect(self, eio_sid: str, namespace: str | None, data: object) -> None:
+        if namespace not in (None, NAMESPACE):
+            await self._send_packet(
+                eio_sid,
+                self.packet_class(sio_packet.CONNECT_ERROR, data={"message": "Invalid namespace"}, namespace=namespace),
+            )
+            return
+        # an empty object is a payload too; the library would call the handler as if there were none
+        await super()._handle_connect(eio_sid, namespace, data)
+
+    async def _event(self, eio_sid: str, packet: sio_packet.Packet) -> None:
+        connection = self.connections.get(eio_sid)
+        if connection is None or packet.namespace not in (None, NAMESPACE):
+            self._refuse_packet(eio_sid, code="unauthenticated", number=packet.id)
+            return
+        name, *args = packet.data
+        await self._on_event(connection, name, args, packet.id)
+
+    def _refuse_packet(self, eio_sid: str, code: str = "malformed", number: int | None = None) -> None:
+        """Tell the client why, then end the transport: after a packet that is not understood nothing can be."""
+        socket = self.eio.sockets.get(eio_sid)
+        if socket is None or socket.closed:
+            return
+        message = "Send CONNECT first." if code == "unauthenticated" else "This is not a Socket.IO packet."
+        error = {"code": code, "message": message}
+        if number is not None:
+            socket.queue.put_nowait(acknowledgement(number, msgspec.json.encode({"ok": False, "error": error})))
+        if eio_sid in self.connections:
+            self.connections[eio_sid].emit("disconnected", {"code": code})
+        else:
+            told = msgspec.json.encode({"message": message, "data": error}).decode()
+            socket.queue.put_nowait(_text(f"4{told}"))
+        socket.queue.put_nowait(None)
+
+
+def _text(text: str) -> Frame:
+    return eio_packet.Packet(eio_packet.MESSAGE, text)

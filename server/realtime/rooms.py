@@ -1,0 +1,332 @@
+"""Rooms: which connections of this instance watch which key, how far each has got, and what it gets next.
+
+A room delivers numbered entries in order, each once per connection, and only entries that are committed: from the bus when
+they come in time, from the table when one is missing. The bus wakes, the table decides. A connection that is joining is
+`pending`: it is skipped until its snapshot is on the wire, then it gets what came in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Generic, Protocol, TypeVar
+
+import structlog
+
+from models.errors import Unavailable
+from server.realtime.bus import Bus
+from server.realtime.connections import Connection, Frame
+
+log = structlog.get_logger()
+
+TOPS_MAX = 5_000
+"""Most rooms in one look at the table."""
+
+
+class Numbered(Protocol):
+    @property
+    def seq(self) -> int: ...
+
+
+EntryT = TypeVar("EntryT", bound=Numbered)
+
+
+class Kept(Generic[EntryT]):
+    """An entry with its wire forms: one for each view, made when the first member needs it and shared by the others."""
+
+    __slots__ = ("entry", "frames", "seq")
+
+    def __init__(self, entry: EntryT) -> None:
+        self.entry = entry
+        self.seq = entry.seq
+        self.frames: dict[str, Frame] = {}
+
+
+class Member:
+    """One connection in one room."""
+
+    __slots__ = ("connection", "mark", "pending", "view")
+
+    def __init__(self, connection: Connection, view: str) -> None:
+        self.connection = connection
+        self.view = view
+        self.pending = True
+        self.mark = 0
+        """Highest number that this connection was given."""
+
+
+class Room(Generic[EntryT]):
+    """What this instance knows of one key."""
+
+    __slots__ = (
+        "early",
+        "epoch",
+        "heard",
+        "key",
+        "known_at",
+        "members",
+        "position",
+        "recent",
+        "subscribed",
+        "top",
+        "waiters",
+    )
+
+    def __init__(self, key: str, recent_max: int) -> None:
+        self.key = key
+        self.members: dict[str, Member] = {}
+        self.waiters: set[asyncio.Future[None]] = set()
+        self.subscribed: Awaitable[bool] | None = None
+        self.top: int | None = None
+        """Number of the last entry that was delivered; None until the first snapshot was read."""
+        self.heard = 0
+        """Highest number that anybody spoke of. Above `top`: something is missing."""
+        self.recent: deque[Kept[EntryT]] = deque(maxlen=recent_max)
+        self.epoch = 0
+        """Positions of any other epoch are not shown; 0: none are."""
+        self.known_at = 0
+        """Number of the entry, or of the snapshot, that `epoch` was learnt from."""
+        self.position: tuple[float, bytes] | None = None
+        """ts and payload of the newest position of this epoch."""
+        self.early: tuple[int, float, str, bytes] | None = None
+        """A position whose epoch has not begun here yet."""
+
+    def learn_epoch(self, epoch: int, known_at: int) -> None:
+        if known_at < self.known_at:
+            return
+        self.known_at = known_at
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, None
+
+    def covers(self, seq: int) -> bool:
+        """Whether all entries between `seq` and the top are still in memory."""
+        return self.top is None or self.top <= seq or (bool(self.recent) and self.recent[0].seq <= seq + 1)
+
+
+class Rooms(Generic[EntryT]):
+    """All rooms of this instance.
+
+    `frame_of(entry, view)` makes the wire form that members of a view share. `on_entry(room, entry)` is called before an
+    entry is delivered and may close memberships. `read_missed(tops)` reads the table: for each key, what is above its top.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        *,
+        channel_of: Callable[[str], str],
+        frame_of: Callable[[EntryT, str], Frame],
+        position_frame_of: Callable[[bytes], Frame],
+        on_entry: Callable[[Room[EntryT], EntryT], None],
+        read_missed: Callable[[Mapping[str, int]], Awaitable[Mapping[str, Sequence[EntryT]]]],
+        recent_max: int,
+        gap_check_s: float,
+        fallback_poll_s: float,
+    ) -> None:
+        self._bus = bus
+        self._channel_of = channel_of
+        self._frame_of = frame_of
+        self._position_frame_of = position_frame_of
+        self._on_entry = on_entry
+        self._read_missed = read_missed
+        self._recent_max = recent_max
+        self._gap_check_s = gap_check_s
+        self._fallback_poll_s = fallback_poll_s
+        self._rooms: dict[str, Room[EntryT]] = {}
+        self._holes: set[str] = set()
+        self._wake = asyncio.Event()
+        self._check_all = False
+        self.closing = False
+
+    def __len__(self) -> int:
+        return len(self._rooms)
+
+    def get(self, key: str) -> Room[EntryT] | None:
+        return self._rooms.get(key)
+
+    # joining and leaving
+
+    def join(self, connection: Connection, key: str, view: str) -> tuple[Room[EntryT], Member]:
+        """Add the connection, pending. A member that joins again is pending until its new snapshot is on the wire."""
+        room = self._open(key)
+        member = room.members.get(connection.id)
+        if member is None:
+            member = room.members[connection.id] = Member(connection, view)
+            connection.keys.add(key)
+        member.pending = True
+        return room, member
+
+    async def listening(self, room: Room[EntryT], timeout_s: float) -> None:
+        """Wait until the bus confirmed the room's channel, or until it is clear that the table must be read instead."""
+        if room.subscribed is not None:
+            await asyncio.wait((asyncio.ensure_future(room.subscribed),), timeout=timeout_s)
+
+    def settle(self, room: Room[EntryT], member: Member, seq: int, epoch: int) -> None:
+        """The member's snapshot, which ends at `seq`, has just been put on the wire: give it what came since."""
+        if room.top is None:
+            room.top = seq
+        room.learn_epoch(epoch, seq)
+        member.mark = max(member.mark, seq)
+        member.pending = False
+        for kept in room.recent:
+            self._give(member, kept)
+        if room.heard > room.top:
+            self._missing(room.key)
+
+    def leave(self, connection: Connection, key: str) -> None:
+        connection.keys.discard(key)
+        room = self._rooms.get(key)
+        if room is not None and room.members.pop(connection.id, None) is not None:
+            self._close_if_empty(room)
+
+    def leave_all(self, connection: Connection) -> None:
+        for key in list(connection.keys):
+            self.leave(connection, key)
+
+    async def wait(self, key: str, look: Callable[[], Awaitable[tuple[bool, int]]], timeout_s: float) -> None:
+        """Look, and look again whenever something happens to `key`, until `look` says that it has seen enough, or
+        until `timeout_s` is over or the instance drains. `look` returns (enough, top).
+        """
+        room = self._open(key)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.listening(room, timeout_s)
+                while not self.closing:
+                    something = asyncio.get_running_loop().create_future()
+                    room.waiters.add(something)
+                    try:
+                        enough, top = await look()
+                        if room.top is None:
+                            room.top = top
+                        if enough or self.closing:
+                            return
+                        await something
+                    finally:
+                        room.waiters.discard(something)
+        except TimeoutError:
+            return
+        finally:
+            self._close_if_empty(room)
+
+    def close(self) -> None:
+        """Drain: whoever waits for something gets what there is."""
+        self.closing = True
+        for room in self._rooms.values():
+            _wake_all(room)
+
+    def _open(self, key: str) -> Room[EntryT]:
+        room = self._rooms.get(key)
+        if room is None:
+            room = self._rooms[key] = Room(key, self._recent_max)
+            room.subscribed = self._bus.subscribe(self._channel_of(key))
+        return room
+
+    def _close_if_empty(self, room: Room[EntryT]) -> None:
+        if not room.members and not room.waiters and self._rooms.get(room.key) is room:
+            del self._rooms[room.key]
+            self._holes.discard(room.key)
+            self._bus.unsubscribe(self._channel_of(room.key))
+
+    # delivering
+
+    def hear(self, key: str, entries: Iterable[EntryT]) -> None:
+        """Committed entries of `key` have arrived, oldest first; they may be repeats, or come after a hole."""
+        room = self._rooms.get(key)
+        if room is None:
+            return
+        for entry in entries:
+            room.heard = max(room.heard, entry.seq)
+            if room.top is not None and entry.seq == room.top + 1:
+                self._deliver(room, entry)
+        if room.top is None:
+            _wake_all(room)
+        elif room.heard > room.top:
+            self._missing(key)
+
+    def hear_position(self, key: str, epoch: int, ts: float, origin: str, payload: bytes) -> None:
+        """A position has arrived; `origin` is the connection that it came from."""
+        room = self._rooms.get(key)
+        if room is None:
+            return
+        if epoch != room.epoch:
+            if epoch > room.known_at:
+                room.early = (epoch, ts, origin, payload)
+            return
+        if room.position is not None and room.position[0] >= ts:
+            return
+        room.position = (ts, payload)
+        frame = self._position_frame_of(payload)
+        for member in room.members.values():
+            if not member.pending and member.connection.id != origin:
+                member.connection.send(frame)
+
+    def _deliver(self, room: Room[EntryT], entry: EntryT) -> None:
+        room.top = entry.seq
+        kept = Kept(entry)
+        room.recent.append(kept)
+        self._on_entry(room, entry)
+        for member in room.members.values():
+            self._give(member, kept)
+        _wake_all(room)
+        if room.early is not None and room.early[0] == room.epoch:
+            early, room.early = room.early, None
+            self.hear_position(room.key, *early)
+
+    def _give(self, member: Member, kept: Kept[EntryT]) -> None:
+        if member.pending or member.mark >= kept.seq:
+            return
+        member.mark = kept.seq
+        message = kept.frames.get(member.view)
+        if message is None:
+            message = kept.frames[member.view] = self._frame_of(kept.entry, member.view)
+        member.connection.send(message)
+
+    # finding what is missing
+
+    def _missing(self, key: str) -> None:
+        self._holes.add(key)
+        self._wake.set()
+
+    def check_all(self) -> None:
+        """Compare every room with the table now: the bus was away, or is."""
+        self._check_all = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Fill holes as they are noticed, and look at the tops of all rooms every now and then, until cancelled.
+
+        The last lost message has no successor to reveal it: only looking finds it.
+        """
+        while True:
+            interval_s = self._gap_check_s if self._bus.up else self._fallback_poll_s
+            try:
+                async with asyncio.timeout(interval_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                self._check_all = True
+            self._wake.clear()  # before looking, or what comes while we look is slept over
+            keys = list(self._rooms) if self._check_all else list(self._holes)
+            self._check_all = False
+            self._holes.clear()
+            try:
+                for start in range(0, len(keys), TOPS_MAX):
+                    await self._catch_up(keys[start : start + TOPS_MAX])
+            except Unavailable:
+                self._check_all = True  # Postgres is away: at the next interval again
+            except Exception:
+                log.exception("catch_up_failed")
+                self._check_all = True
+
+    async def _catch_up(self, keys: Sequence[str]) -> None:
+        tops = {key: room.top for key in keys if (room := self._rooms.get(key)) and room.top is not None}
+        if not tops:
+            return
+        for key, entries in (await self._read_missed(tops)).items():
+            self.hear(key, entries)
+
+
+def _wake_all(room: Room[EntryT]) -> None:
+    for waiter in room.waiters:
+        if not waiter.done():
+            waiter.set_result(None)

@@ -1,0 +1,392 @@
+"""The Socket.IO door: EVENTS lists what clients may send; rooms and the bus send the rest.
+
+Subscribing permits, joins, then reads, in that order; the answer is put on the wire in the same step in which the
+connection becomes a full member of the room, so that nothing live overtakes it and nothing in it comes twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+import structlog
+from msgspec import UNSET, Meta, UnsetType
+
+from handlers import orders, tracking
+from models.base import Id, Reason, rfc3339
+from models.errors import Forbidden, Malformed, NotFound, RateLimited, Refused, Unavailable
+from models.event import Event, Type
+from models.order import FINAL, Order, Status, TrackedOrder
+from models.position import Position
+from models.user import Actor, Role
+from server import metrics
+from server.auth import Authenticator
+from server.doors import Doors, Verb, convert
+from server.locations import Locations
+from server.outbox import ORDER_PREFIX, USER_PREFIX, order_channel, unpack, user_channel
+from server.realtime.bus import Bus
+from server.realtime.connections import Connection, Frame, acknowledgement, frame
+from server.realtime.engine import Engine, Unreadable
+from server.realtime.positions import PositionLane, parse
+from server.realtime.rooms import Room, Rooms
+from server.settings import Settings
+
+log = structlog.get_logger()
+
+FULL, TRACKED = "full", "tracked"
+"""Views of an event: as it is, and without what a guest with scope `track` may not see."""
+
+EXPIRY_SWEEP_S = 1.0
+"""How often the tokens of all connections are compared with the clock."""
+
+
+class _Payload(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
+    pass
+
+
+class Subscribe(_Payload):
+    order_id: Id
+    after_seq: Annotated[int, Meta(ge=0, le=2**31 - 1)] | UnsetType = UNSET
+
+
+class Unsubscribe(_Payload):
+    order_id: Id
+
+
+class UpdateOrderStatus(_Payload):
+    order_id: Id
+    status: Status
+    note: Reason | UnsetType = UNSET
+    idempotency_key: str | UnsetType = UNSET
+
+
+class RefreshToken(_Payload):
+    token: str
+
+
+class UpdateLocation(Position, frozen=True, kw_only=True, rename="camel"):
+    order_id: Id
+
+
+class _Told(msgspec.Struct, frozen=True):
+    """An event as an entry of a list: its payload under `data`."""
+
+    type: str
+    seq: int
+    at: str
+    data: msgspec.Raw
+
+
+class _Subscribed(msgspec.Struct, frozen=True):
+    ok: bool
+    seq: int
+    order: Order | TrackedOrder
+    location: msgspec.Raw | None
+    events: list[_Told]
+
+
+class _Top(msgspec.Struct, frozen=True):
+    seq: int
+
+
+def listed(events: Sequence[Event]) -> list[_Told]:
+    """Events as both doors list them."""
+    return [_Told(one.type, one.seq, one.at, msgspec.Raw(one.payload)) for one in events]
+
+
+class Sockets:
+    """One instance's side of the Socket.IO door."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        doors: Doors,
+        authenticator: Authenticator,
+        bus: Bus,
+        lane: PositionLane,
+        locations: Locations,
+    ) -> None:
+        self._settings = settings
+        self._doors = doors
+        self._authenticator = authenticator
+        self._bus = bus
+        self._lane = lane
+        self._locations = locations
+        self._agents: dict[str, dict[str, Connection]] = {}
+        """Connections of each agent: an assignment reaches all of them, subscribed or not."""
+        self._noticed: set[str] = set()
+        """Connections that were told that their token is about to expire."""
+        self.engine = Engine(
+            authenticate=self._authenticate,
+            on_event=self._on_event,
+            on_open=self._on_open,
+            on_close=self._on_close,
+            frame_max_bytes=settings.frame_max_bytes,
+            ping_interval_s=settings.ping_interval_s,
+            ping_timeout_s=settings.ping_timeout_s,
+        )
+        self.rooms: Rooms[Event] = Rooms(
+            bus,
+            channel_of=order_channel,
+            frame_of=_frame_of,
+            position_frame_of=lambda payload: frame("orderLocationUpdate", payload),
+            on_entry=self._on_entry,
+            read_missed=self._read_missed,
+            recent_max=settings.room_events_max,
+            gap_check_s=settings.gap_check_interval_s,
+            fallback_poll_s=settings.bus_fallback_poll_ms / 1000,
+        )
+
+    # a connection's life
+
+    async def _authenticate(self, auth: object) -> Actor:
+        token = auth.get("token") if isinstance(auth, dict) else None
+        return await self._authenticator.actor(token)
+
+    def _on_open(self, connection: Connection) -> None:
+        metrics.connections.inc()
+        actor = connection.actor
+        if actor.role is Role.AGENT:
+            if actor.sub not in self._agents:
+                self._bus.subscribe(user_channel(actor.sub))
+            self._agents.setdefault(actor.sub, {})[connection.id] = connection
+        log.debug("socket_opened", connection_id=connection.id, role=actor.role)
+
+    def _on_close(self, connection: Connection) -> None:
+        metrics.connections.dec()
+        self._noticed.discard(connection.id)
+        self.rooms.leave_all(connection)
+        agent = connection.actor.sub
+        if connection.actor.role is Role.AGENT and self._agents.get(agent, {}).pop(connection.id, None):
+            if not self._agents[agent]:
+                del self._agents[agent]
+                self._bus.unsubscribe(user_channel(agent))
+        log.debug("socket_closed", connection_id=connection.id)
+
+    async def watch_tokens(self) -> None:
+        """Tell clients that their token is about to expire, and end the sessions whose token has, until cancelled."""
+        while True:
+            await asyncio.sleep(EXPIRY_SWEEP_S)
+            now, soon = time.time(), time.time() + self._settings.token_expiry_notice_s
+            for connection in list(self.engine.connections.values()):
+                if connection.actor.exp <= now:
+                    await self._end(connection, "expired")
+                elif connection.actor.exp <= soon and connection.id not in self._noticed:
+                    self._noticed.add(connection.id)
+                    connection.emit("tokenExpiring", {"expiresAt": _unix_rfc3339(connection.actor.exp)})
+
+    async def end_revoked(self) -> None:
+        """End the sessions whose token was revoked."""
+        revocations = self._authenticator.revocations
+        for connection in list(self.engine.connections.values()):
+            if revocations.revoked(connection.actor):
+                await self._end(connection, "revoked")
+
+    async def _end(self, connection: Connection, code: str) -> None:
+        metrics.expelled.labels(code).inc()
+        for key in list(connection.keys):
+            self._close_subscription(connection, key, code)
+        await self.engine.expel(connection, code)
+
+    def _close_subscription(self, connection: Connection, order_id: str, code: str) -> None:
+        self.rooms.leave(connection, order_id)
+        connection.emit("subscriptionClosed", {"orderId": order_id, "code": code})
+
+    def drain(self, retry_in_ms: int) -> None:
+        """Tell every client to come back elsewhere, and end its transport."""
+        for connection in list(self.engine.connections.values()):
+            connection.emit("serverDraining", {"retryInMs": retry_in_ms})
+            connection.hang_up()
+
+    # what clients send
+
+    async def _on_event(self, connection: Connection, name: str, args: list[Any], number: int | None) -> None:
+        """Read one event and start its work. Positions of a known agent are done at once, the rest in tasks; a client
+        that asks faster than it is answered is read no further until an answer is out."""
+        try:
+            handler = EVENTS.get(name)
+            if handler is None:
+                raise NotFound(f"There is no event {name[:100]!r}.")
+            argument = args[0] if args else {}
+            if isinstance(argument, Unreadable):
+                raise Malformed("The arguments are not JSON.")
+            payload = convert(argument, handler.payload)
+            if isinstance(payload, UpdateLocation) and self._locations.accept_at_once(
+                connection.actor, payload.order_id, payload, connection.id
+            ):
+                self._acknowledge(connection, number, name, "ok", self._location_answer())
+                return
+        except Refused as refusal:
+            self._refuse(connection, number, name, refusal)
+            return
+        while len(connection.calls) >= self._settings.calls_in_flight_per_socket_max:
+            await asyncio.wait(connection.calls, return_when="FIRST_COMPLETED")
+        task = asyncio.create_task(self._call(handler, connection, name, payload, number))
+        connection.calls.add(task)
+        task.add_done_callback(connection.calls.discard)
+
+    async def _call(self, handler: _Event, connection: Connection, name: str, payload: Any, number: int | None) -> None:
+        structlog.contextvars.bind_contextvars(connection_id=connection.id)
+        order_id = getattr(payload, "order_id", "")
+        lock = connection.locks.setdefault(order_id, asyncio.Lock())
+        try:
+            async with lock:
+                await handler.run(self, connection, payload, number)
+        except Refused as refusal:
+            self._refuse(connection, number, name, refusal)
+        except Exception:
+            log.exception("socket_event_failed", socket_event=name)
+            self._refuse(connection, number, name, Unavailable("This failed on our side; try again."))
+        finally:
+            if not lock.locked() and connection.locks.get(order_id) is lock:
+                del connection.locks[order_id]
+
+    def _acknowledge(self, connection: Connection, number: int | None, name: str, outcome: str, body: bytes) -> None:
+        metrics.socket_events.labels(name, outcome).inc()
+        if number is not None:
+            connection.send(acknowledgement(number, body))
+
+    def _refuse(self, connection: Connection, number: int | None, name: str, refusal: Refused) -> None:
+        error = {"code": refusal.code, "message": refusal.detail, **refusal.fields}
+        body = msgspec.json.encode({"ok": False, "error": error})
+        self._acknowledge(connection, number, name if name in EVENTS else "unknown", refusal.code, body)
+
+    async def subscribe(self, connection: Connection, payload: Subscribe, number: int | None) -> None:
+        key, actor = payload.order_id, connection.actor
+        after = None if isinstance(payload.after_seq, UnsetType) else payload.after_seq
+        if key not in connection.keys and self._settings.rate_limits == "on":
+            if len(connection.keys) >= self._settings.subscriptions_per_socket_max:
+                most = self._settings.subscriptions_per_socket_max
+                raise RateLimited(f"One socket watches {most} orders at most.", retry_after_ms=1000)
+        try:
+            async with asyncio.timeout(self._settings.subscribe_timeout_ms / 1000):
+                async with self._doors.database.statement() as tx:
+                    await tracking.permit(tx, actor, key)
+                room, member = self.rooms.join(connection, key, TRACKED if actor.tracks_only else FULL)
+                await self.rooms.listening(room, self._settings.redis_timeout_ms / 1000)
+                while True:
+                    known = asyncio.ensure_future(self._lane.known(key))
+                    async with self._doors.database.statement() as tx:
+                        snapshot = await tracking.snapshot(tx, actor, key, after)
+                    last = await known
+                    if room.covers(snapshot.order.seq):
+                        break
+        except TimeoutError:
+            self.rooms.leave(connection, key)
+            raise Unavailable("Subscribing took too long; try again.") from None
+        except BaseException:
+            self.rooms.leave(connection, key)
+            raise
+        if connection.gone:
+            self.rooms.leave(connection, key)
+            return
+        location = None
+        if snapshot.assignment:
+            seen = [(last.ts, last.payload)] if last is not None and last.assignment == snapshot.assignment else []
+            if room.position is not None and room.epoch == snapshot.assignment:
+                seen.append(room.position)
+            location = msgspec.Raw(max(seen)[1]) if seen else None
+        answer = _Subscribed(True, snapshot.order.seq, snapshot.order, location, listed(snapshot.events))
+        # from here to the end nothing may wait: the answer and the membership are one step
+        self._acknowledge(connection, number, "subscribeToOrder", "ok", msgspec.json.encode(answer))
+        self.rooms.settle(room, member, snapshot.order.seq, snapshot.assignment)
+
+    async def unsubscribe(self, connection: Connection, payload: Unsubscribe, number: int | None) -> None:
+        self.rooms.leave(connection, payload.order_id)
+        self._acknowledge(connection, number, "unsubscribeFromOrder", "ok", b'{"ok":true}')
+
+    async def update_location(self, connection: Connection, payload: UpdateLocation, number: int | None) -> None:
+        await self._locations.accept(connection.actor, payload.order_id, payload, connection.id)
+        self._acknowledge(connection, number, "updateLocation", "ok", self._location_answer())
+
+    def _location_answer(self) -> bytes:
+        return b'{"ok":true,"nextIntervalMs":%d}' % self._settings.location_next_interval_ms
+
+    async def update_status(self, connection: Connection, payload: UpdateOrderStatus, number: int | None) -> None:
+        key = None if isinstance(payload.idempotency_key, UnsetType) else payload.idempotency_key
+        command = orders.ChangeStatus(status=payload.status, note=payload.note)
+        answer = await self._doors.perform(CHANGE_STATUS, connection.actor, payload.order_id, command, key=key)
+        top = msgspec.json.decode(answer.body, type=_Top).seq
+        self._acknowledge(connection, number, "updateOrderStatus", "ok", b'{"ok":true,"seq":%d}' % top)
+
+    async def refresh_token(self, connection: Connection, payload: RefreshToken, number: int | None) -> None:
+        actor = await self._authenticator.actor(payload.token)
+        if (actor.sub, actor.role) != (connection.actor.sub, connection.actor.role):
+            raise Forbidden("The new token belongs to somebody else.")
+        connection.actor = actor
+        self._noticed.discard(connection.id)
+        for key in list(connection.keys):
+            if not actor.reaches(key):
+                self._close_subscription(connection, key, "revoked")
+        answer = {"ok": True, "expiresAt": _unix_rfc3339(actor.exp)}
+        self._acknowledge(connection, number, "refreshToken", "ok", msgspec.json.encode(answer))
+
+    # what the bus brings
+
+    def on_message(self, channel: str, message: bytes) -> None:
+        """A message of a channel that this instance subscribed to."""
+        if channel.startswith(ORDER_PREFIX):
+            if message[:1] == b"p":
+                epoch, ts, origin, payload = parse(message[1:])
+                self.rooms.hear_position(channel[len(ORDER_PREFIX) + 1 : -1], epoch, ts, origin, payload)
+            else:
+                order_id, events = unpack(message[1:])
+                self.rooms.hear(order_id, events)
+        elif channel.startswith(USER_PREFIX):
+            order_id, events = unpack(message[1:])
+            for event in events:
+                self._tell_agent(channel[len(USER_PREFIX) :], order_id, event)
+
+    def _tell_agent(self, agent_id: str, order_id: str, event: Event) -> None:
+        """An assignment for the sockets of an agent that do not watch the order; those that do hear it in its room."""
+        self._locations.forget(agent_id, order_id)
+        message = _frame_of(event, FULL)
+        for connection in self._agents.get(agent_id, {}).values():
+            if order_id not in connection.keys and connection.actor.reaches(order_id):
+                connection.send(message)
+
+    def _on_entry(self, room: Room[Event], event: Event) -> None:
+        """An event is about to be delivered: close what it ends."""
+        if event.type == Type.ASSIGNED:
+            agent = event.data["agent"]
+            room.learn_epoch(event.seq if agent else 0, event.seq)
+            for member in list(room.members.values()):
+                actor = member.connection.actor
+                if actor.role is Role.AGENT and (agent is None or agent["id"] != actor.sub):
+                    self._close_subscription(member.connection, room.key, "reassigned")
+        elif event.type == Type.STATUS and Status(event.data["status"]) in FINAL:
+            room.learn_epoch(0, event.seq)
+
+    async def _read_missed(self, tops: Mapping[str, int]) -> Mapping[str, Sequence[Event]]:
+        async with self._doors.database.statement() as tx:
+            found = await tracking.missed(tx, dict(tops))
+        metrics.gaps_filled.inc(sum(len(events) for events in found.values()))
+        return found
+
+
+class _Event(NamedTuple):
+    payload: type[Any]
+    run: Callable[[Sockets, Connection, Any, int | None], Awaitable[None]]
+
+
+CHANGE_STATUS = Verb("change_status", orders.change_status)
+
+EVENTS: dict[str, _Event] = {
+    "subscribeToOrder": _Event(Subscribe, Sockets.subscribe),
+    "unsubscribeFromOrder": _Event(Unsubscribe, Sockets.unsubscribe),
+    "updateLocation": _Event(UpdateLocation, Sockets.update_location),
+    "updateOrderStatus": _Event(UpdateOrderStatus, Sockets.update_status),
+    "refreshToken": _Event(RefreshToken, Sockets.refresh_token),
+}
+
+
+def _frame_of(event: Event, view: str) -> Frame:
+    return frame(event.type, (event.for_tracking() if view == TRACKED else event).payload)
+
+
+def _unix_rfc3339(seconds: float) -> str:
+    return rfc3339(dt.datetime.fromtimestamp(min(seconds, 253_402_300_799), dt.UTC))

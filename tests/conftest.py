@@ -1,0 +1,69 @@
+"""Fixtures: real data servers, a fresh database per test, and servers as the processes that users run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from server.app import utc_now
+from server.db import Database
+from server.embedded import DataServers, data_servers
+from server.migrate import migrate
+from server.settings import Settings
+from tests.harness import Fleet, with_database
+
+TEMPLATE = "waybill_template"
+
+
+@pytest.fixture(scope="session")
+async def data(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[DataServers]:
+    """One Postgres and one Redis for the whole run: those that the environment names, else the embedded ones."""
+    folder = tmp_path_factory.mktemp("data")
+    for parent in (folder, *folder.parents[:2]):
+        parent.chmod(0o755)  # Postgres refuses to run as root and must reach its folder as somebody else
+    given = os.environ.get("TEST_DATABASE_URL"), os.environ.get("TEST_REDIS_URL")
+    async with data_servers(folder, *given, lambda sentence: None) as servers:
+        connection = await asyncpg.connect(servers.database_url)
+        await connection.execute(f"drop database if exists {TEMPLATE}")
+        await connection.execute(f"create database {TEMPLATE}")
+        await connection.close()
+        await migrate(with_database(servers.database_url, TEMPLATE))
+        yield servers
+
+
+@pytest.fixture
+async def database_url(data: DataServers) -> AsyncIterator[str]:
+    """A migrated database of this test's own."""
+    name = f"test_{uuid.uuid4().hex}"
+    connection = await asyncpg.connect(data.database_url)
+    await connection.execute(f"create database {name} template {TEMPLATE}")
+    yield with_database(data.database_url, name)
+    await connection.execute(f"drop database {name} with (force)")
+    await connection.close()
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    """The database as verbs get it, without a server around it."""
+    opened = Database(database_url, Settings(), utc_now)
+    running = asyncio.create_task(opened.run())
+    await opened.reached.wait()
+    yield opened
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await opened.close()
+
+
+@pytest.fixture
+async def fleet(data: DataServers, database_url: str, tmp_path: Path) -> AsyncIterator[Fleet]:
+    """Starts instances on this test's database; stops them, and reads their logs for what must not be there."""
+    started = Fleet(database_url, data.redis_url, tmp_path)
+    yield started
+    await started.stop()
+    started.check_logs()

@@ -6,12 +6,13 @@ are stopped last and cleanly. The data folder:
     lock          held while a Waybill uses the folder; names its pid, empty after a clean end
     postgres/     the database cluster          postgres.log    what Postgres said in this run (.1: the run before)
     redis/        the append-only file          redis.log
-    run/          the sockets; a link to a temporary folder where this path is too long for a socket
+    run/          the sockets; a link to a temporary folder where this path is no good for sockets
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -20,7 +21,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 import asyncpg
 import redis.asyncio
@@ -33,6 +33,7 @@ from server.settings import CannotStart
 CONNECT_TIMEOUT_S = 5
 SOCKET_PATH_BYTES_MAX = 103
 """The shortest limit among our systems (macOS: 104 bytes with the closing zero, Linux: 108)."""
+TEMPORARY_PREFIX = "waybill-"
 POSTGRES_CONNECTIONS_MAX = 100
 ROLE = DATABASE = "waybill"
 
@@ -108,15 +109,21 @@ def _held(data_dir: Path) -> Iterator[int | None]:
 @contextmanager
 def _socket_folder(data_dir: Path) -> Iterator[Path]:
     folder = data_dir / "run"
-    if folder.is_symlink():  # left by a killed run
-        shutil.rmtree(folder.readlink(), ignore_errors=True)
+    # What a killed run left, or a run before the data folder was moved.
+    if folder.is_symlink():
+        if folder.readlink().name.startswith(TEMPORARY_PREFIX):
+            shutil.rmtree(folder.readlink(), ignore_errors=True)
         folder.unlink()
-    if len(os.fsencode(folder / ".s.PGSQL.5432")) <= SOCKET_PATH_BYTES_MAX:
-        folder.mkdir(mode=0o700, exist_ok=True)
+    elif folder.exists():
+        shutil.rmtree(folder)
+    # In URLs a comma parts hosts and a colon ports, and every library decodes the rest its own way: only plain paths.
+    plain = re.fullmatch(r"[A-Za-z0-9/._-]+", str(folder))
+    if plain and len(str(folder / ".s.PGSQL.5432")) <= SOCKET_PATH_BYTES_MAX:
+        folder.mkdir(mode=0o700)
         yield folder
         return
     # Not TMPDIR: on macOS that path alone is half the limit.
-    short = Path(tempfile.mkdtemp(prefix="waybill-", dir="/tmp"))
+    short = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir="/tmp"))
     folder.symlink_to(short)
     try:
         yield short
@@ -149,7 +156,7 @@ async def _redis(data_dir: Path, sockets: Path, say: Say) -> AsyncIterator[str]:
         "daemonize": "no",
     }
     command: list[str | Path] = [server, *(part for name, value in options.items() for part in (f"--{name}", value))]
-    url = f"unix://{quote(str(socket))}"
+    url = f"unix://{socket}"
     async with running("Redis", command, _fresh_log(data_dir / "redis.log"), signal.SIGTERM) as child:
         await child.until(lambda: _redis_answers(url))
         yield url
@@ -203,7 +210,7 @@ async def _postgres(data_dir: Path, sockets: Path, say: Say) -> AsyncIterator[st
         ]
         async with running("Postgres", command, log, signal.SIGINT, user, [*data_name.fds, *sockets_name.fds]) as child:
             await child.until(lambda: _postgres_answers(sockets))
-            yield f"postgresql://{ROLE}@/{DATABASE}?host={quote(str(sockets))}&port=5432"
+            yield f"postgresql://{ROLE}@/{DATABASE}?host={sockets}&port=5432"
 
 
 async def _postgres_answers(sockets: Path) -> bool:

@@ -26,17 +26,17 @@ DATA_SERVERS = frozenset({"postgres", "redis-server", "valkey-server"})
 
 LAUNCHER = """
 import os, sys
+try:
+    import ctypes
+except ImportError:
+    ctypes = None
 uid, gid, death_signal, parent = map(int, sys.argv[1:5])
 if uid:
     os.setgroups([])
     os.setgid(gid)
     os.setuid(uid)
-if death_signal:
-    try:
-        import ctypes
-        ctypes.CDLL(None).prctl(1, death_signal)
-    except (ImportError, AttributeError):
-        pass
+if death_signal and ctypes:
+    ctypes.CDLL(None).prctl(1, death_signal)
     if os.getppid() != parent:
         sys.exit("the parent died during the start")
 try:
@@ -45,7 +45,8 @@ except OSError as error:
     sys.exit(f"{sys.argv[5]}: {error.strerror}")
 """
 """Runs in the child before its program: drops root, then asks the kernel for a stop signal when the parent dies (in
-this order: a change of user clears that wish). An interpreter of its own: code between fork and exec may deadlock."""
+this order: a change of user clears that wish; but imports come before, since the new user may not read ours). An
+interpreter of its own, because code between fork and exec may deadlock."""
 
 
 @dataclass(frozen=True)

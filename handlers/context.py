@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import Select
 
 from models.event import Event
 
-Row = Mapping[str, Any]
+
+class Row(Protocol):
+    """A row of an answer: its columns by name, and in their order."""
+
+    def __getitem__(self, name: str) -> Any: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 class Told(NamedTuple):

@@ -359,7 +359,8 @@ with prior as (
 ), told as (
     insert into order_events (order_id, seq, type, at, body)
     select o.id, o.seq - cardinality($7::text[]) + e.n, e.type, $8,
-        case e.n when 1 then '{{"status":"' || $5 || '","previousStatus":"' || o.previous_status || '"' || $11 else '{{}}' end
+        case e.n when 1 then '{{"status":"' || $5 || '","previousStatus":"' || o.previous_status || '"' || $11
+            else '{{}}' end
     from moved o, unnest($7::text[]) with ordinality as e(type, n)
 )
 select o.*, {LINES} from moved o"""

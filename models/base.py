@@ -41,9 +41,9 @@ Quantity = Annotated[int, Meta(ge=1, le=1_000_000)]
 MinorUnits = Annotated[int, Meta(ge=0, le=MINOR_UNITS_MAX)]
 
 
-class Strict(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
-    """A shape that comes from outside: unknown fields are refused, a field that is not sent is UNSET, null is refused."""
+class Strict(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fields=True):
+    """A shape from outside: unknown fields are refused, a field that is not sent is UNSET, null is refused."""
 
 
-class View(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+class View(msgspec.Struct, kw_only=True, rename="camel", omit_defaults=True):
     """A shape that goes outside: absent members are left out, never null."""

@@ -26,6 +26,6 @@ EXPONENTS: dict[str, int] = {
 def tax_of(net: int, rate_bp: int) -> int:
     """Tax on `net` minor units at `rate_bp` basis points (1800 = 18 %).
 
-    It is twice its rounded half, so that central and state GST are always equal: half = round-half-up(net x bp / 20000).
+    It is twice its rounded half, so that central and state GST are equal: half = round-half-up(net x bp / 20000).
     """
     return (2 * net * rate_bp + 20_000) // 40_000 * 2

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -349,7 +349,13 @@ class Order(View):
         return after
 
 
-def from_row(row: Mapping[str, Any]) -> Order:
+class Row(Protocol):
+    """Columns by name."""
+
+    def __getitem__(self, name: str) -> Any: ...
+
+
+def from_row(row: Row) -> Order:
     """The order of a row of `orders` that carries its lines as JSON text in `lines`."""
     agent_id, total, paid, refunded = row["agent_id"], row["total"], row["paid"], row["refunded"]
     due = 0 if row["status"] == Status.CANCELLED else total - paid
@@ -417,7 +423,8 @@ def price(items: Sequence[AskedItem]) -> tuple[list[Line], Totals]:
     """
     lines = []
     for number, item in enumerate(items, 1):
-        assert isinstance(item.name, str) and isinstance(item.unit_price, int)
+        assert isinstance(item.name, str)
+        assert isinstance(item.unit_price, int)
         net = item.quantity * item.unit_price
         rate = item.tax_rate_bp if isinstance(item.tax_rate_bp, int) else 0
         tax = tax_of(net, rate)

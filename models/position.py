@@ -14,7 +14,7 @@ UnixMilliseconds = Annotated[int, Meta(ge=0, le=8_640_000_000_000_000)]
 UnixMillisecondsFraction = Annotated[float, Meta(ge=0, le=8_640_000_000_000_000)]
 
 
-class Position(msgspec.Struct, frozen=True, kw_only=True):
+class Position(msgspec.Struct, kw_only=True):
     """One fix. Degrees, metres, metres per second, percent; `ts` is Unix milliseconds, echoed as sent.
 
     Unknown members are ignored and null is absent: phones and browsers send more than we need.
@@ -29,7 +29,7 @@ class Position(msgspec.Struct, frozen=True, kw_only=True):
     battery: Annotated[float, Meta(ge=0, le=100)] | None = None
 
 
-class _Shown(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+class _Shown(msgspec.Struct, kw_only=True, rename="camel", omit_defaults=True):
     """`orderLocationUpdate`: the battery is the agent's own business."""
 
     order_id: str

@@ -64,5 +64,5 @@ class Actor(msgspec.Struct, frozen=True):
         return self.role is Role.GUEST and self.scope is not Scope.PAY
 
     def reaches(self, order_id: str) -> bool:
-        """Whether the token's `orders` claim leaves this order in reach. It narrows and never grants, but for guests."""
+        """Whether the token's `orders` claim leaves this order in reach. It narrows; only to guests it grants."""
         return self.orders is None or order_id in self.orders

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import datetime as dt
 import socket
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -82,12 +82,22 @@ class Process:
             self.database,
             self.bus,
             lane,
+            timeout_s=settings.redis_timeout_ms / 1000,
             remembered_max=settings.assignment_cache_max,
             refusal_s=settings.assignment_refusal_s,
         )
         doors = Doors(self.database, self.outbox)
         self.sockets = Sockets(settings, doors, self.authenticator, self.bus, lane, self.locations)
-        self.rest = Rest(settings, doors, self.authenticator, self.sockets, self.locations, lane, self._revoked_here)
+        self.rest = Rest(
+            settings,
+            doors,
+            self.authenticator,
+            self.sockets,
+            self.locations,
+            lane,
+            self._revoked_here,
+            lambda: self.health.revocations.is_set(),
+        )
         self.relay = Relay(
             self.database,
             self.bus,
@@ -100,7 +110,7 @@ class Process:
         self._tasks: list[asyncio.Task[None]] = []
         self._runner: web.AppRunner | None = None
         self._news: list[users.Revoked] = []
-        self._revocations_known = False
+        self._ending: set[asyncio.Task[None]] = set()
         self.port = 0
 
     # starting and stopping
@@ -122,8 +132,8 @@ class Process:
             self._loop("rooms", self.sockets.rooms.run())
             self._loop("tokens", self.sockets.watch_tokens())
         if self._works:
-            self._loop("relay", self._when_schema_is_there(self.relay.run()))
-            self._loop("keys", self._when_schema_is_there(self._forget_old_keys()))
+            self._loop("relay", self._when_schema_is_there(self.relay.run))
+            self._loop("keys", self._when_schema_is_there(self._forget_old_keys))
         await self._listen()
 
     async def stop(self) -> None:
@@ -158,26 +168,22 @@ class Process:
     async def _wait_for_schema(self) -> None:
         await self.database.reached.wait()
         wanted = migrate.head()
-        while not self.health.schema_ready:
+        while True:
             try:
                 if self._migrates:
                     await migrate.migrate(self._database_url)
                 async with self.database.statement() as tx:
-                    self.health.schema_ready = await migrate.at_head(tx, wanted)
+                    if await migrate.at_head(tx, wanted):
+                        break
             except (Unavailable, OSError):
                 log.warning("schema_not_reached")
-            if not self.health.schema_ready:
-                await asyncio.sleep(SCHEMA_POLL_S)
+            await asyncio.sleep(SCHEMA_POLL_S)
+        self.health.schema.set()
         log.info("schema_ready", revision=wanted)
 
-    async def _when_schema_is_there(self, loop: Coroutine[Any, Any, None]) -> None:
-        try:
-            while not self.health.schema_ready:
-                await asyncio.sleep(SCHEMA_POLL_S)
-        except asyncio.CancelledError:
-            loop.close()
-            raise
-        await loop
+    async def _when_schema_is_there(self, loop: Callable[[], Awaitable[None]]) -> None:
+        await self.health.schema.wait()
+        await loop()
 
     # the bus
 
@@ -209,26 +215,27 @@ class Process:
         self._end_revoked()
 
     def _end_revoked(self) -> None:
-        task = asyncio.create_task(self.sockets.end_revoked())
-        task.add_done_callback(_report)
-        self._ending = task
+        ending = asyncio.create_task(self.sockets.end_revoked(), name="end_revoked")
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+        ending.add_done_callback(_report)
 
     async def _follow_revocations(self) -> None:
         """Read all revocations again every now and then: the bus may have lost one."""
+        await self.health.schema.wait()
         while True:
             self._news.clear()
             try:
-                if self.health.schema_ready:
-                    async with self.database.statement() as tx:
-                        known = await users.revocations(tx)
-                    self.authenticator.revocations.load((one.kind, one.value, one.at) for one in known)
-                    for one in self._news:  # came while we were reading
-                        self.authenticator.revocations.add(one.kind, one.value, one.at)
-                    self._revocations_known = True
-                    self._end_revoked()
+                async with self.database.statement() as tx:
+                    known = await users.revocations(tx)
+                self.authenticator.revocations.load((one.kind, one.value, one.at) for one in known)
+                for one in self._news:  # came while we were reading
+                    self.authenticator.revocations.add(one.kind, one.value, one.at)
+                self.health.revocations.set()
+                await self.sockets.end_revoked()
             except Unavailable:
-                pass  # what is known stays known
-            await asyncio.sleep(self.settings.revocation_poll_s if self._revocations_known else SCHEMA_POLL_S)
+                log.warning("revocations_not_read")  # what is known stays known
+            await asyncio.sleep(self.settings.revocation_poll_s)
 
     # idempotency keys
 
@@ -282,9 +289,10 @@ class Process:
         raise CannotStart(f"Ports {DEFAULT_PORT} to {candidate} are all taken: set PORT to a free one.")
 
     async def _socket(self, request: web.Request) -> web.StreamResponse:
-        if "sid" not in request.query and (self.health.draining or not self.health.schema_ready):
+        if "sid" not in request.query and (self.health.draining or not self.health.revocations.is_set()):
             return problem(Unavailable("This instance takes no new connections now."), "")
-        return await self.sockets.engine.handle_request(request)
+        response: web.StreamResponse = await self.sockets.engine.handle_request(request)
+        return response
 
 
 def _report(task: asyncio.Task[None]) -> None:

@@ -33,7 +33,7 @@ CONNECT_RETRY_S = 0.5
 PROBE_INTERVAL_S = 1.0
 """How often Postgres is asked whether it lives."""
 
-_DIALECT = sqlalchemy_asyncpg.dialect()
+_DIALECT = sqlalchemy_asyncpg.dialect()  # type: ignore[no-untyped-call]
 
 _GONE = (
     OSError,
@@ -45,7 +45,7 @@ _GONE = (
     asyncpg.CannotConnectNowError,
     asyncpg.TooManyConnectionsError,
 )
-"""What asyncpg raises when Postgres does not answer, is starting, stopping or full: news of the link, not of the query."""
+"""What asyncpg raises when Postgres does not answer, starts, stops or is full: news of the link, not of the query."""
 
 
 class Transaction:

@@ -41,8 +41,8 @@ ORDER = {
 
 async def run_demo(process: Process, say: Callable[[str], None]) -> None:
     """Move demo orders until cancelled."""
-    while not process.health.ready:
-        await asyncio.sleep(0.05)
+    await process.health.revocations.wait()
+    await process.bus.reached.wait()
     base = f"http://127.0.0.1:{process.port}"
     async with aiohttp.ClientSession(trust_env=False) as session:
         client = _Client(session, base, process)
@@ -81,7 +81,9 @@ class _Client:
         await asyncio.sleep(STAGE_S)
         await self._post(f"/orders/{order_id}/status", {"status": "out_for_delivery"}, Role.AGENT, "demo-agent")
         for step in range(POSITIONS):
-            await self._post(f"/orders/{order_id}/location", _position(step / (POSITIONS - 1)), Role.AGENT, "demo-agent")
+            await self._post(
+                f"/orders/{order_id}/location", _position(step / (POSITIONS - 1)), Role.AGENT, "demo-agent"
+            )
             await asyncio.sleep(STEP_S)
         await self._post(f"/orders/{order_id}/status", {"status": "delivered"}, Role.AGENT, "demo-agent")
 
@@ -104,7 +106,9 @@ def _welcome(process: Process, order: dict[str, Any]) -> str:
             (Role.SERVICE, "demo-shop"),
         )
     }
-    guest = mint(process.settings, sub="demo-guest", role=Role.GUEST, orders=[order["id"]], scope=Scope.TRACK, ttl_s=day_s)
+    guest = mint(
+        process.settings, sub="demo-guest", role=Role.GUEST, orders=[order["id"]], scope=Scope.TRACK, ttl_s=day_s
+    )
     base = f"http://localhost:{process.port}"
     return f"""
 Waybill is ready.

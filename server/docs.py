@@ -10,8 +10,23 @@ from models.errors import Refused
 from server.rest import API, ROUTES
 from server.sockets import EVENTS
 
+HEARD = (
+    "orderStatusUpdate",
+    "deliveryAgentAssigned",
+    "orderOutForDelivery",
+    "orderDelivered",
+    "orderLocationUpdate",
+    "subscriptionClosed",
+    "tokenExpiring",
+    "serverDraining",
+    "disconnected",
+)
+"""Events that clients hear."""
+
 _STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
+    "body{font:16px/1.5 system-ui,sans-serif;"
+    "max-width:60rem;"
+    "margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
     "code{background:#f3f3f3;padding:.1em .3em;border-radius:3px}td{padding:.2rem 1rem .2rem 0;vertical-align:top}"
     "@media(prefers-color-scheme:dark){body{color:#ddd;background:#111}code{background:#222}}"
 )
@@ -23,7 +38,8 @@ def _page() -> str:
         for method, path, _, doing in ROUTES
     )
     events = "".join(
-        f"<tr><td><code>{name}</code></td><td>{', '.join(f'<code>{f}</code>' for f in event.payload.__struct_encode_fields__)}</td></tr>"
+        f"<tr><td><code>{name}</code></td><td><code>"
+        f"{', '.join(event.payload.__struct_encode_fields__)}</code></td></tr>"
         for name, event in EVENTS.items()
     )
     errors = "".join(
@@ -36,9 +52,7 @@ def _page() -> str:
         f"<h2>REST</h2><p>JSON, with <code>Authorization: Bearer</code> and a token.</p><table>{routes}</table>"
         "<h2>Socket.IO</h2><p>Namespace <code>/</code>, path <code>/socket.io/</code>, <code>auth: {token}</code>."
         f" Clients send:</p><table>{events}</table>"
-        "<p>and hear <code>orderStatusUpdate</code>, <code>deliveryAgentAssigned</code>, <code>orderOutForDelivery</code>,"
-        " <code>orderDelivered</code>, <code>orderLocationUpdate</code>, <code>subscriptionClosed</code>,"
-        " <code>tokenExpiring</code>, <code>serverDraining</code>, <code>disconnected</code>.</p>"
+        f"<p>and hear {', '.join(f'<code>{name}</code>' for name in HEARD)}.</p>"
         f"<h2>Errors</h2><table>{errors}</table>"
         "<h2>Health</h2><p><a href=/health/live>/health/live</a> · <a href=/health/ready>/health/ready</a> ·"
         " <a href=/metrics>/metrics</a></p></html>"

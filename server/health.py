@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 from collections.abc import Callable
@@ -26,7 +27,10 @@ class Health:
         self._database = database
         self._bus = bus
         self._watched_orders = watched_orders
-        self.schema_ready = False
+        self.schema = asyncio.Event()
+        """Set once the schema is at this version or newer."""
+        self.revocations = asyncio.Event()
+        """Set once it is known which tokens are revoked; before, none is accepted."""
         self.loops_running: Callable[[], bool] = lambda: False
         self.draining = False
 
@@ -36,15 +40,13 @@ class Health:
         gone_long = gone_since is not None and time.monotonic() - gone_since > self._settings.ready_db_grace_s
         database = "starting" if not self._database.reached.is_set() else "gone" if gone_long else "ok"
         redis = "ok" if self._bus.up else "degraded" if self._bus.reached.is_set() else "starting"
-        schema = "ok" if self.schema_ready else "behind"
+        schema = "ok" if self.schema.is_set() else "behind"
         loops = "ok" if self.loops_running() else "stopped"
-        good = database == schema == loops == "ok" and redis != "starting" and not self.draining
+        known = "ok" if self.revocations.is_set() else "unknown"
+        good = database == schema == known == loops == "ok" and redis != "starting" and not self.draining
         status = "draining" if self.draining else "ready" if good else "not ready"
-        return {"status": status, "postgres": database, "redis": redis, "schema": schema, "loops": loops}
-
-    @property
-    def ready(self) -> bool:
-        return self.state()["status"] == "ready"
+        parts = {"postgres": database, "redis": redis, "schema": schema, "revocations": known, "loops": loops}
+        return {"status": status, **parts}
 
     async def live(self, request: web.Request) -> web.Response:
         return answer({"status": "alive"})

@@ -1,7 +1,7 @@
 """Bring the schema to this version, and tell whether it is.
 
-Revisions are numbered `0001`, `0002`, ..., so that an instance knows a schema that is newer than itself: during a rolling
-deploy old instances keep serving on the new schema.
+Revisions are numbered `0001`, `0002`, ..., so that an instance knows a schema that is newer than itself: during a
+rolling deploy old instances keep serving on the new schema.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from handlers import links, orders, users
 from handlers.context import Tx
-from models.errors import Malformed, NotFound, Refused, TooLarge, UnsupportedMedia
+from models.errors import Malformed, NotFound, Refused, TooLarge, Unavailable, UnsupportedMedia
 from models.position import Position
 from models.user import Actor
 from server import metrics
@@ -47,6 +47,7 @@ class Rest:
         locations: Locations,
         lane: PositionLane,
         on_revoked: Callable[[users.Revoked], None],
+        takes_requests: Callable[[], bool],
     ) -> None:
         self._settings = settings
         self._doors = doors
@@ -54,6 +55,7 @@ class Rest:
         self._sockets = sockets
         self._locations = locations
         self._on_revoked = on_revoked
+        self._takes_requests = takes_requests
         self.public_url = settings.public_url
         """What links start with; the process fills it in when it knows its port."""
 
@@ -177,6 +179,8 @@ class Rest:
     # how requests are read
 
     async def _actor(self, request: web.Request) -> Actor:
+        if not self._takes_requests():
+            raise Unavailable("This instance is starting; try again.")
         return await self._authenticator.actor(bearer(request.headers.get(hdrs.AUTHORIZATION)))
 
     async def _command(self, request: web.Request, verb: Verb, type_: type[Any]) -> Answer:

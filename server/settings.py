@@ -32,7 +32,7 @@ Seconds = Annotated[int, Meta(ge=1, le=400 * 24 * 3600)]
 
 
 class CannotStart(Exception):
-    """The process cannot start. The message is one sentence for the person who started it: what is wrong, what to do."""
+    """The process cannot start. The message is for the person who started it: what is wrong, and what to do."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):

@@ -44,7 +44,7 @@ EXPIRY_SWEEP_S = 1.0
 """How often the tokens of all connections are compared with the clock."""
 
 
-class _Payload(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
+class _Payload(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fields=True):
     pass
 
 
@@ -68,7 +68,7 @@ class RefreshToken(_Payload):
     token: str
 
 
-class UpdateLocation(Position, frozen=True, kw_only=True, rename="camel"):
+class UpdateLocation(Position, kw_only=True, rename="camel"):
     order_id: Id
 
 
@@ -161,7 +161,8 @@ class Sockets:
         self._noticed.discard(connection.id)
         self.rooms.leave_all(connection)
         agent = connection.actor.sub
-        if connection.actor.role is Role.AGENT and self._agents.get(agent, {}).pop(connection.id, None):
+        if connection.actor.role is Role.AGENT:
+            del self._agents[agent][connection.id]
             if not self._agents[agent]:
                 del self._agents[agent]
                 self._bus.unsubscribe(user_channel(agent))
@@ -215,11 +216,10 @@ class Sockets:
             if isinstance(argument, Unreadable):
                 raise Malformed("The arguments are not JSON.")
             payload = convert(argument, handler.payload)
-            if isinstance(payload, UpdateLocation) and self._locations.accept_at_once(
-                connection.actor, payload.order_id, payload, connection.id
-            ):
-                self._acknowledge(connection, number, name, "ok", self._location_answer())
-                return
+            if handler.run is Sockets.update_location and number is None:
+                # the hot path: an agent that wants no answer is worth no task
+                if self._locations.accept_at_once(connection.actor, payload.order_id, payload, connection.id):
+                    return
         except Refused as refusal:
             self._refuse(connection, number, name, refusal)
             return

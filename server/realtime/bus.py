@@ -2,7 +2,8 @@
 
 Why our own: all commands of one tick of the event loop leave in one write and their answers are matched by order, which
 costs a tenth of an awaited command (docs/realtime.md); a half-open or frozen Redis is noticed by a ping that stays
-unanswered; and who publishes learns at once that it failed. The bus wakes, the table decides: nothing durable is lost here.
+unanswered; and who publishes learns at once that it failed. The bus wakes, the table decides: nothing durable is lost
+here.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ class _Link(asyncio.Protocol):
             return
         if not self._outgoing:
             self._loop.call_soon(self._flush)
-        self._outgoing.append(hiredis.pack_command(tuple(args)))
+        packed = hiredis.pack_command(tuple(args))  # type: ignore[arg-type]  # its stub means tuple[..., ...]
+        self._outgoing.append(packed)
         if self._on_push is None:
             self._waiting.append(answer)
 
@@ -217,7 +219,8 @@ class Bus:
     async def _watch(self) -> None:
         """Ping both links; return when one is closed or stays silent."""
         commands, subscriber = self._commands, self._subscriber
-        assert commands is not None and subscriber is not None
+        assert commands is not None
+        assert subscriber is not None
         links = (commands, subscriber)
         while not (commands.closed.done() or subscriber.closed.done()):
             for link in links:

@@ -1,8 +1,9 @@
 """Socket.IO and Engine.IO: python-socketio's server, with the parts replaced that the contract cannot live with.
 
-Replaced: parsing of incoming packets (strict JSON, refusals instead of tracebacks), dispatch (a table instead of `on_<any
-name>`, acknowledgements in order with what else is sent), the WebSocket driver (no deflate, bounded frames). Everything
-else, long polling and the upgrade from it included, is the library's. docs/decisions/0003-extending-python-socketio.md.
+Replaced: parsing of incoming packets (strict JSON, refusals instead of tracebacks), dispatch (a table instead of
+`on_<any name>`, acknowledgements in order with what else is sent), the WebSocket driver (no deflate, bounded frames).
+Everything else, long polling and the upgrade from it included, is the library's. docs/decisions/0003-extending-
+python-socketio.md.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Unreadable:
 
 
 class _Json:
-    """The JSON of the wire. Python's own reader accepts NaN, Infinity and lone surrogates; what only it can read becomes
-    `Unreadable`, so that the client's event is refused with a code instead of the connection being dropped."""
+    """The JSON of the wire. Python's own reader accepts NaN, Infinity and lone surrogates; what only it can read
+    becomes `Unreadable`, so that the client's event is refused with a code instead of the connection being dropped."""
 
     @staticmethod
     def dumps(value: object, **_: object) -> str:
@@ -86,12 +87,12 @@ class _WebSocket:
         return None
 
 
-class _EngineServer(engineio.AsyncServer):
+class _EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # the library is not typed
     """Engine.IO whose session ids name their instance, and whose errors say what to do."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._async = dict(self._async, websocket=_WebSocket)
+        self._async: dict[str, Any] = dict(self._async, websocket=_WebSocket)
 
     def generate_id(self) -> str:
         return secrets.token_urlsafe(15)
@@ -106,7 +107,7 @@ class _EngineServer(engineio.AsyncServer):
         return {"status": "400 BAD REQUEST", "headers": [("Content-Type", "application/json")], "response": body}
 
 
-class Engine(socketio.AsyncServer):
+class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not typed
     """The Socket.IO server of one instance.
 
     `authenticate(auth, environ)` turns the client's CONNECT payload into an Actor, or raises a refusal. `on_event` is

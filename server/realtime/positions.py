@@ -13,7 +13,10 @@ from typing import NamedTuple
 from server.realtime.bus import Bus, BusAway, Script
 
 OLDER, CLOSED = -1, -2
-"""Answers of SHOW: a newer position is known; the assignment has ended. Otherwise: how many instances heard of it."""
+"""Replies of SHOW: a newer position is known; the assignment has ended. Otherwise: how many instances heard of it."""
+
+HELD = 0
+"""Reply of a position that thinning holds back, or that a newer one replaced while it waited."""
 
 CLOSING_MS = 10_000
 """Life of a close whose transaction may still fail: longer than any transaction, short enough to heal by itself."""
@@ -49,6 +52,7 @@ class _Slot:
     def __init__(self) -> None:
         self.due: asyncio.TimerHandle | None = None
         self.newest: tuple[float, Callable[[], None]] | None = None
+        """Its ts, and what shows it."""
 
 
 class PositionLane:
@@ -62,26 +66,24 @@ class PositionLane:
         self._slots: dict[str, _Slot] = {}
 
     def show(
-        self, key: str, assignment: int, ts: float, payload: bytes, origin: str, on_closed: Callable[[], None]
+        self, key: str, assignment: int, ts: float, payload: bytes, origin: str, answer: Callable[[object], None]
     ) -> None:
         """Show a position to the watchers of `key`, but not to the connection `origin` that it came from.
 
         At most one a `LOCATION_MIN_INTERVAL_MS`: the first at once, of the others the newest when its turn has come.
-        `on_closed` is called when Redis knows that the assignment has ended.
+        `answer` gets the reply of SHOW, HELD, or BusAway.
         """
-
-        def now() -> None:
-            self._publish(key, assignment, ts, payload, origin, on_closed)
-
         if self._min_interval_s == 0:
-            now()
+            self._publish(key, assignment, ts, payload, origin, answer)
             return
         slot = self._slots.setdefault(key, _Slot())
         if slot.due is None:
-            now()
+            self._publish(key, assignment, ts, payload, origin, answer)
             slot.due = asyncio.get_running_loop().call_later(self._min_interval_s, self._turn, key, slot)
-        elif slot.newest is None or slot.newest[0] <= ts:
-            slot.newest = (ts, now)
+            return
+        if slot.newest is None or slot.newest[0] <= ts:
+            slot.newest = (ts, lambda: self._publish(key, assignment, ts, payload, origin, _ignore))
+        answer(HELD)
 
     def _turn(self, key: str, slot: _Slot) -> None:
         if slot.newest is None:
@@ -93,12 +95,8 @@ class PositionLane:
         slot.due = asyncio.get_running_loop().call_later(self._min_interval_s, self._turn, key, slot)
 
     def _publish(
-        self, key: str, assignment: int, ts: float, payload: bytes, origin: str, on_closed: Callable[[], None]
+        self, key: str, assignment: int, ts: float, payload: bytes, origin: str, answer: Callable[[object], None]
     ) -> None:
-        def answer(reply: object) -> None:
-            if reply == CLOSED:
-                on_closed()
-
         self._bus.send(
             (
                 "EVALSHA",
@@ -135,6 +133,10 @@ class PositionLane:
     def closed(self, key: str, assignment: int) -> None:
         """Let no position of this assignment or an earlier one be shown again: it has ended, and that is committed."""
         self._bus.send(("SET", _closed_key(key), assignment, "EX", self._keep_s))
+
+
+def _ignore(reply: object) -> None:
+    """A position that waited for its turn was answered when it came."""
 
 
 def parse(message: bytes) -> tuple[int, float, str, bytes]:

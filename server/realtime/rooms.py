@@ -1,8 +1,8 @@
 """Rooms: which connections of this instance watch which key, how far each has got, and what it gets next.
 
-A room delivers numbered entries in order, each once per connection, and only entries that are committed: from the bus when
-they come in time, from the table when one is missing. The bus wakes, the table decides. A connection that is joining is
-`pending`: it is skipped until its snapshot is on the wire, then it gets what came in between.
+A room delivers numbered entries in order, each once per connection, and only entries that are committed: from the bus
+when they come in time, from the table when one is missing. The bus wakes, the table decides. A connection that is
+joining is `pending`: it is skipped until its snapshot is on the wire, then it gets what came in between.
 """
 
 from __future__ import annotations
@@ -107,8 +107,9 @@ class Room(Generic[EntryT]):
 class Rooms(Generic[EntryT]):
     """All rooms of this instance.
 
-    `frame_of(entry, view)` makes the wire form that members of a view share. `on_entry(room, entry)` is called before an
-    entry is delivered and may close memberships. `read_missed(tops)` reads the table: for each key, what is above its top.
+    `frame_of(entry, view)` makes the wire form that members of a view share. `on_entry(room, entry)` is called before
+    an entry is delivered and may close memberships. `read_missed(tops)` reads the table: for each key, what is above
+    its top.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
-from sqlalchemy import literal_column, select, tuple_
+from sqlalchemy import Text, literal_column, select, tuple_
 
 from handlers.context import Row, Tx
 from handlers.ports import Positions
@@ -268,7 +268,7 @@ async def list_orders(tx: Tx, actor: Actor, cmd: ListOrders) -> OrderPage:
     elif actor.role is Role.AGENT:
         query = query.where(o.c.agent_id == actor.sub)
     if actor.orders is not None:
-        query = query.where(o.c.id.in_([order_uuid(order_id) for order_id in actor.orders]))
+        query = query.where(o.c.id.cast(Text).in_(sorted(actor.orders)))
     for name in ("status", "customer_id", "agent_id", "reference"):
         if (wanted := getattr(cmd, name)) is not UNSET:
             query = query.where(o.c[name] == wanted)

@@ -16,14 +16,21 @@ from models.event import Event, event
 from models.order import LOCATABLE, Order, TrackedOrder, from_row, sight
 from models.user import Actor, Role
 
-PERMIT = f"select 1 from orders o where o.id = $1 and {SEEN}"
+PERMIT = f"select o.seq from orders o where o.id = $1 and {SEEN}"
 
 
-async def permit(tx: Tx, actor: Actor, order_id: str) -> None:
-    """Raises NotFound: the actor may not watch this order, or there is none."""
+async def permit(tx: Tx, actor: Actor, order_id: str, after: int | None) -> None:
+    """Let the actor watch this order from event number `after` on (None: from now on).
+
+    Raises:
+        NotFound: the actor may not watch it, or there is none. Invalid: `after` is above the top.
+    """
     seen = sight(actor, order_id)
-    if await tx.one(PERMIT, order_uuid(order_id), seen.all, seen.customer, seen.agent) is None:
+    row = await tx.one(PERMIT, order_uuid(order_id), seen.all, seen.customer, seen.agent)
+    if row is None:
         raise NotFound("There is no such order.")
+    if after is not None and after > row["seq"]:
+        raise Invalid(f"The order's events end at {row['seq']}.", "/afterSeq")
 
 
 SNAPSHOT = f"""
@@ -42,18 +49,12 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 async def snapshot(tx: Tx, actor: Actor, order_id: str, after: int | None) -> Snapshot:
-    """The order with every event after number `after` (None: without events), in one statement.
-
-    Raises:
-        NotFound; Invalid: `after` is above the top.
-    """
+    """The order with every event after number `after` (None: without events), in one statement. Raises NotFound."""
     seen = sight(actor, order_id)
     row = await tx.one(SNAPSHOT, order_uuid(order_id), seen.all, seen.customer, seen.agent, after)
     if row is None:
         raise NotFound("There is no such order.")
     order = from_row(row)
-    if after is not None and after > order.seq:
-        raise Invalid(f"The order's events end at {order.seq}.", "/afterSeq")
     missed = [event(order_id, *each) for each in row["missed"] or ()]
     return Snapshot(
         order.view(actor),

@@ -59,12 +59,12 @@ async def postgres_for(data: Path, user: User | None) -> tuple[Path, int]:
     bins = find_postgres_bins()
     unfit = []
     for found in bins:
-        bin_, major = found, await _major_version(found, user)
-        if major is None and user and found.is_relative_to(sys.prefix):
-            bin_ = _copied_for_all(found)
-            major = await _major_version(bin_, user)
+        major = await _major_version(found, None)
         if major is not None and (kept == major or (kept is None and major >= POSTGRES_MAJOR_MIN)):
-            return bin_, major
+            if user is None or await _major_version(found, user):
+                return found, major
+            if found.is_relative_to(sys.prefix):
+                return _copied_for_all(found), major
         unfit.append(f"{found}: {major or 'does not run'}")
     seen = f" (found {', '.join(unfit)})" if unfit else ""
     if kept is not None and bins:

@@ -337,6 +337,8 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     route = resource.canonical if resource is not None else "none"
     seconds = time.perf_counter() - began
     metrics.requests.labels(request.method, route, response.status).inc()
+    if response.status == 101:
+        return response  # a socket's life is no request's time
     metrics.request_seconds.labels(request.method, route).observe(seconds)
     log.info("request", method=request.method, route=route, status=response.status, ms=round(seconds * 1000, 1))
     return response

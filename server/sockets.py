@@ -18,7 +18,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from handlers import orders, tracking
 from models.base import Id, Reason, rfc3339
-from models.errors import Forbidden, Malformed, NotFound, RateLimited, Refused, Unavailable
+from models.errors import Forbidden, Invalid, Malformed, NotFound, RateLimited, Refused, Unavailable
 from models.event import Event, Type
 from models.order import FINAL, Order, Status, TrackedOrder
 from models.position import Position
@@ -225,25 +225,37 @@ class Sockets:
             return
         while len(connection.calls) >= self._settings.calls_in_flight_per_socket_max:
             await asyncio.wait(connection.calls, return_when="FIRST_COMPLETED")
-        task = asyncio.create_task(self._call(handler, connection, name, payload, number))
-        connection.calls.add(task)
-        task.add_done_callback(connection.calls.discard)
-
-    async def _call(self, handler: _Event, connection: Connection, name: str, payload: Any, number: int | None) -> None:
-        structlog.contextvars.bind_contextvars(connection_id=connection.id)
         order_id = getattr(payload, "order_id", "")
-        lock = connection.locks.setdefault(order_id, asyncio.Lock())
+        call = self._call(handler, connection, name, payload, number, connection.last_calls.get(order_id))
+        connection.last_calls[order_id] = task = asyncio.create_task(call)
+        connection.calls.add(task)
+
+        def done(task: asyncio.Task[None]) -> None:
+            connection.calls.discard(task)
+            if connection.last_calls.get(order_id) is task:
+                del connection.last_calls[order_id]
+
+        task.add_done_callback(done)
+
+    async def _call(
+        self,
+        handler: _Event,
+        connection: Connection,
+        name: str,
+        payload: Any,
+        number: int | None,
+        before: asyncio.Task[None] | None,
+    ) -> None:
+        structlog.contextvars.bind_contextvars(connection_id=connection.id)
+        if before is not None:
+            await asyncio.wait((before,))
         try:
-            async with lock:
-                await handler.run(self, connection, payload, number)
+            await handler.run(self, connection, payload, number)
         except Refused as refusal:
             self._refuse(connection, number, name, refusal)
         except Exception:
             log.exception("socket_event_failed", socket_event=name)
             self._refuse(connection, number, name, Unavailable("This failed on our side; try again."))
-        finally:
-            if not lock.locked() and connection.locks.get(order_id) is lock:
-                del connection.locks[order_id]
 
     def _acknowledge(self, connection: Connection, number: int | None, name: str, outcome: str, body: bytes) -> None:
         metrics.socket_events.labels(name, outcome).inc()
@@ -265,7 +277,7 @@ class Sockets:
         try:
             async with asyncio.timeout(self._settings.subscribe_timeout_ms / 1000):
                 async with self._doors.database.statement() as tx:
-                    await tracking.permit(tx, actor, key)
+                    await tracking.permit(tx, actor, key, after)
                 room, member = self.rooms.join(connection, key, TRACKED if actor.tracks_only else FULL)
                 await self.rooms.listening(room, self._settings.redis_timeout_ms / 1000)
                 while True:
@@ -275,6 +287,8 @@ class Sockets:
                     last = await known
                     if room.covers(snapshot.order.seq):
                         break
+        except Invalid:
+            raise  # of what the client asked, nothing was done: an earlier subscription stays
         except TimeoutError:
             self.rooms.leave(connection, key)
             raise Unavailable("Subscribing took too long; try again.") from None

@@ -28,7 +28,7 @@ def acknowledgement(number: int, payload: bytes) -> Frame:
 class Connection:
     """A Socket.IO session on the default namespace."""
 
-    __slots__ = ("actor", "calls", "id", "keys", "locks", "socket")
+    __slots__ = ("actor", "calls", "id", "keys", "last_calls", "socket")
 
     def __init__(self, id_: str, socket: AsyncSocket, actor: Actor) -> None:
         self.id = id_
@@ -38,8 +38,8 @@ class Connection:
         """The rooms that it is in."""
         self.calls: set[asyncio.Task[None]] = set()
         """Events of this client that are being worked on."""
-        self.locks: dict[str, asyncio.Lock] = {}
-        """One lock for each order that is being worked on: what a client asks of one order is done in its sequence."""
+        self.last_calls: dict[str, asyncio.Task[None]] = {}
+        """The last of them for each order: what a client asks of one order is done in its sequence."""
 
     @property
     def gone(self) -> bool:

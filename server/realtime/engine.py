@@ -167,9 +167,7 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         eio_sid = self.manager.eio_sid_from_sid(sid, NAMESPACE)
         connection = self.connections.pop(eio_sid, None)
         if connection is not None:
-            for task in connection.calls:
-                task.cancel()
-            self._on_close(connection)
+            self._on_close(connection)  # calls that are being worked on go on: a status change is not taken back
 
     async def expel(self, connection: Connection, code: str) -> None:
         """End a session for good: `disconnected {code}`, then DISCONNECT, after which clients stay away."""

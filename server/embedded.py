@@ -124,8 +124,8 @@ def _socket_folder(data_dir: Path) -> Iterator[Path]:
         return
     # Not TMPDIR: on macOS that path alone is half the limit.
     short = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir="/tmp"))
-    folder.symlink_to(short)
     try:
+        folder.symlink_to(short)
         yield short
     finally:
         folder.unlink(missing_ok=True)

@@ -273,12 +273,11 @@ class Order(View):
     notes: str | None = None
 
     def allowed(self, actor: Actor) -> list[str]:
-        """Where this actor may move the order now."""
+        """Where this actor may move the order now; what only an override lets through, staff may."""
         return [
             target
             for target in MOVES[self.fulfilment].get(self.status, ())
-            if may_move(actor, self.status, target)
-            and not (target is Status.CONFIRMED and self.payment.method is PaymentMethod.ONLINE)
+            if may_move(actor, self.status, target) and self._unpaid(target, override=actor.is_staff) is None
         ]
 
     def check_move(self, actor: Actor, target: Status, override: bool) -> None:
@@ -294,11 +293,18 @@ class Order(View):
             allowed = self.allowed(actor)
             whither = " or ".join(allowed) if allowed else "nowhere"
             raise IllegalMove(f"The order is {self.status}; you may move it {whither}, not to {target}.", allowed)
+        unpaid = self._unpaid(target, override)
+        if unpaid is not None:
+            raise PaymentRequired(unpaid, self.payment.due)
+
+    def _unpaid(self, target: Status, override: bool) -> str | None:
+        """Why its money keeps the order from `target`, or None."""
         if target is Status.CONFIRMED and self.payment.method is PaymentMethod.ONLINE:
-            raise PaymentRequired("An online order is confirmed by its payment.", self.payment.due)
+            return "An online order is confirmed by its payment."
         if target is Status.DELIVERED and self.status is not Status.RETURN_REQUESTED and not override:
             if self.payment.method is PaymentMethod.CASH and self.payment.due > 0:
-                raise PaymentRequired("The cash is still due; staff may override with a reason.", self.payment.due)
+                return "The cash is still due; staff may override with a reason."
+        return None
 
     def check_assignable(self) -> None:
         """Raises OrderClosed: an agent can be assigned in every status that is not final."""

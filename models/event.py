@@ -38,7 +38,7 @@ class Type:
     DELIVERED = "orderDelivered"
 
 
-HIDDEN_FROM_TRACKING = ("note", "actor", "amount", "override")
+HIDDEN_FROM_TRACKING = ("note", "actor", "amount", "refunded", "override")
 """Members that a guest with scope `track` does not see."""
 
 

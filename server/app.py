@@ -86,7 +86,7 @@ class Process:
             remembered_max=settings.assignment_cache_max,
             refusal_s=settings.assignment_refusal_s,
         )
-        doors = Doors(self.database, self.outbox)
+        doors = Doors(self.database, self.outbox, lane)
         self.sockets = Sockets(settings, doors, self.authenticator, self.bus, lane, self.locations)
         self.rest = Rest(
             settings,
@@ -94,7 +94,6 @@ class Process:
             self.authenticator,
             self.sockets,
             self.locations,
-            lane,
             self._revoked_here,
             lambda: self.health.revocations.is_set(),
         )

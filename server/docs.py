@@ -34,8 +34,9 @@ _STYLE = (
 
 def _page() -> str:
     routes = "".join(
-        f"<tr><td><code>{method}</code></td><td><code>{escape(API + path)}</code></td><td>{escape(doing)}</td></tr>"
-        for method, path, _, doing in ROUTES
+        f"<tr><td><code>{route.method}</code></td><td><code>{escape(API + route.path)}</code></td>"
+        f"<td>{escape(route.doing)}</td></tr>"
+        for route in ROUTES
     )
     events = "".join(
         f"<tr><td><code>{name}</code></td><td><code>"

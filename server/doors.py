@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from handlers.context import Tx
+from handlers.ports import Positions
 from models.errors import Conflict, IdempotencyMismatch, Invalid, Malformed
 from models.inbox import KEY_CHARACTERS_MAX
 from models.user import Actor
@@ -29,7 +30,8 @@ _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\[(\.\.\.)\]")
 class Verb(NamedTuple):
     """A verb of ring 2 as the doors call it: `run(tx, actor, *args)`.
 
-    `before` runs outside the transaction, for what must happen on the network first; it may refuse.
+    `before(tx, actor, *args, positions)` runs outside the transaction, for what must happen on the network first; it
+    may refuse.
     """
 
     name: str
@@ -88,9 +90,10 @@ def invalid(error: msgspec.ValidationError) -> Invalid:
 class Doors:
     """Runs verbs for both doors."""
 
-    def __init__(self, database: Database, outbox: Outbox) -> None:
+    def __init__(self, database: Database, outbox: Outbox, positions: Positions) -> None:
         self.database = database
         self._outbox = outbox
+        self._positions = positions
 
     async def perform(self, verb: Verb, actor: Actor, *args: object, key: str | None = None) -> Answer:
         """Carry out `verb(tx, actor, *args)` and hand its events to the bus after its commit.
@@ -112,7 +115,7 @@ class Doors:
     async def _before(self, verb: Verb, actor: Actor, *args: object) -> None:
         if verb.before is not None:
             async with self.database.statement() as tx:
-                await verb.before(tx, actor, *args)
+                await verb.before(tx, actor, *args, self._positions)
 
     async def _perform_once(self, verb: Verb, actor: Actor, key: str, *args: object) -> Answer:
         if not _KEY.fullmatch(key):

@@ -16,16 +16,29 @@ from msgspec import Meta
 
 from handlers import links, orders, users
 from handlers.context import Tx
-from models.errors import Malformed, NotFound, Refused, TooLarge, Unavailable, UnsupportedMedia
+from models.base import rfc3339
+from models.errors import (
+    Conflict,
+    IllegalMove,
+    LinkExpired,
+    Malformed,
+    NotFound,
+    OrderClosed,
+    PaymentRequired,
+    Refused,
+    TooLarge,
+    Unavailable,
+    UnsupportedMedia,
+)
+from models.order import Order, TrackedOrder
 from models.position import Position
-from models.user import Actor
+from models.user import Actor, Role, Scope
 from server import metrics
 from server.auth import Authenticator, bearer, secret_digest
 from server.doors import Answer, Doors, Verb, convert, decode
 from server.locations import Locations
-from server.realtime.positions import PositionLane
 from server.settings import Settings
-from server.sockets import CHANGE_STATUS, Sockets, listed
+from server.sockets import CHANGE_STATUS, Sockets, ToldEvent, listed
 
 log = structlog.get_logger()
 
@@ -45,7 +58,6 @@ class Rest:
         authenticator: Authenticator,
         sockets: Sockets,
         locations: Locations,
-        lane: PositionLane,
         on_revoked: Callable[[users.Revoked], None],
         takes_requests: Callable[[], bool],
     ) -> None:
@@ -58,190 +70,279 @@ class Rest:
         self._takes_requests = takes_requests
         self.public_url = settings.public_url
         """What links start with; the process fills it in when it knows its port."""
+        self._create_link = Verb("create_tracking_link", self._new_link, status=201)
 
-        async def before_assign(tx: Tx, actor: Actor, order_id: str, command: orders.Assign) -> None:
-            await orders.before_assign(tx, actor, order_id, command, lane)
+    async def _new_link(self, tx: Tx, actor: Actor, order_id: str, command: links.CreateLink) -> links.Link:
+        return await links.create_tracking_link(
+            tx,
+            actor,
+            order_id,
+            command,
+            digest=lambda link_id: secret_digest(self._authenticator.link_secret(link_id)),
+            ttl_s=self._settings.link_ttl_s,
+            ttl_max_s=self._settings.link_ttl_max_s,
+        )
 
-        async def create_link(tx: Tx, actor: Actor, order_id: str, command: links.CreateLink) -> links.Link:
-            return await links.create_tracking_link(
-                tx,
-                actor,
-                order_id,
-                command,
-                digest=lambda link_id: secret_digest(authenticator.link_secret(link_id)),
-                ttl_s=settings.link_ttl_s,
-                ttl_max_s=settings.link_ttl_max_s,
-            )
+    # reads
 
-        self._assign = Verb("assign", orders.assign, before=before_assign)
-        self._create_link = Verb("create_tracking_link", create_link, status=201)
-
-    # orders
-
-    async def place(self, request: web.Request) -> web.Response:
-        return await self._perform(request, Verb("place", orders.place, status=201), orders.Place)
-
-    async def quote(self, request: web.Request) -> web.Response:
-        return await self._perform(request, Verb("quote", orders.quote), orders.Place)
-
-    async def list_orders(self, request: web.Request) -> web.Response:
-        actor = await self._actor(request)
-        command = query(request, orders.ListOrders)
+    async def list_orders(self, call: Call) -> web.Response:
         async with self._doors.database.statement() as tx:
-            return answer(await orders.list_orders(tx, actor, command))
+            return answer(await orders.list_orders(tx, call.actor, call.command))
 
-    async def read(self, request: web.Request) -> web.Response:
-        actor = await self._actor(request)
+    async def read(self, call: Call) -> web.Response:
         async with self._doors.database.statement() as tx:
-            return answer(await orders.read(tx, actor, request.match_info["order_id"]))
+            return answer(await orders.read(tx, call.actor, call.order_id))
 
-    async def events(self, request: web.Request) -> web.Response:
+    async def events(self, call: Call) -> web.Response:
         """The order's events. `wait` holds the request, but no database connection, until there are some."""
-        actor = await self._actor(request)
-        order_id, asked = request.match_info["order_id"], query(request, ReadEvents)
+        asked: ReadEvents = call.command
         found: list[orders.Timeline] = []
 
         async def look() -> tuple[bool, int]:
             async with self._doors.database.statement() as tx:
-                found.append(await orders.events(tx, actor, order_id, asked.after))
+                found.append(await orders.events(tx, call.actor, call.order_id, asked.after))
             return bool(found[-1].events), found[-1].seq
 
         await look()
         wait_s = min(asked.wait, self._settings.long_poll_max_s)
         if wait_s and not found[-1].events:
-            await self._sockets.rooms.wait(order_id, look, wait_s)
-        return answer({"events": listed(found[-1].events), "seq": found[-1].seq})
+            await self._sockets.rooms.wait(call.order_id, look, wait_s)
+        return answer(EventList(listed(found[-1].events), found[-1].seq))
 
-    async def change_status(self, request: web.Request) -> web.Response:
-        return await self._perform(request, CHANGE_STATUS, orders.ChangeStatus)
+    # positions
 
-    async def assign(self, request: web.Request) -> web.Response:
-        return await self._perform(request, self._assign, orders.Assign)
-
-    async def cancel(self, request: web.Request) -> web.Response:
-        return await self._perform(request, Verb("cancel", orders.cancel), orders.Cancel)
-
-    async def locate(self, request: web.Request) -> web.Response:
+    async def locate(self, call: Call) -> web.Response:
         """One position, or a batch of them; each is judged by itself."""
-        actor = await self._actor(request)
-        order_id = request.match_info["order_id"]
-        body = decode(await read_json(request), dict[str, Any])
-        batch = isinstance(body.get("positions"), list)
-        given = body["positions"] if batch else [body]
-        if len(given) > self._settings.location_batch_max:
-            raise TooLarge(f"One request takes {self._settings.location_batch_max} positions at most.")
+        body: dict[str, Any] = call.command
         # all are read before one is shown: a request that is refused changes nothing
-        found = [convert(one, Position) for one in given] if not batch else convert(body, _Batch).positions
+        found = convert(body, PositionBatch).positions if "positions" in body else [convert(body, Position)]
+        if len(found) > self._settings.location_batch_max:
+            raise TooLarge(f"One request takes {self._settings.location_batch_max} positions at most.")
         for position in found:
-            await self._locations.accept(actor, order_id, position, "-")
-        return answer(
-            {"accepted": len(found), "refused": [], "nextIntervalMs": self._settings.location_next_interval_ms}
-        )
+            await self._locations.accept(call.actor, call.order_id, position, "-")
+        return answer(Located(len(found), [], self._settings.location_next_interval_ms))
 
     # links and tokens
 
-    async def create_link(self, request: web.Request) -> web.Response:
+    async def create_link(self, call: Call) -> web.Response:
         """A link. Its secrets are made from its id each time the answer is given, and kept nowhere."""
-        given = await self._command(request, self._create_link, links.CreateLink)
+        given = await self.perform(call, self._create_link)
         link = msgspec.json.decode(given.body, type=links.Link)
-        expires_at = dt.datetime.fromisoformat(link.expires_at).timestamp()
         token = self._authenticator.guest_token(
-            link_id=link.id, order_id=link.order_id, scope=link.scope, expires_at=expires_at
+            link_id=link.id,
+            order_id=link.order_id,
+            scope=link.scope,
+            expires_at=dt.datetime.fromisoformat(link.expires_at).timestamp(),
         )
         url = f"{self.public_url}/track/{self._authenticator.link_secret(link.id)}"
-        told = {"id": link.id, "url": url, "token": token, "scope": link.scope, "expiresAt": link.expires_at}
-        return answer(told, status=given.status)
+        return answer(CreatedLink(link.id, url, token, link.scope, link.expires_at), status=given.status)
 
-    async def end_link(self, request: web.Request) -> web.Response:
-        actor = await self._actor(request)
+    async def end_link(self, call: Call) -> web.Response:
         async with self._doors.database.statement() as tx:
-            link_id = await links.end_link(tx, actor, request.match_info["order_id"], request.match_info["link_id"])
+            link_id = await links.end_link(tx, call.actor, call.order_id, call.request.match_info["link_id"])
         self._on_revoked(users.Revoked("jti", link_id, time.time()))
         return web.Response(status=204)
 
-    async def follow_link(self, request: web.Request) -> web.Response:
+    async def follow_link(self, call: Call) -> web.Response:
         """Exchange a link's secret for a short guest token."""
-        command = decode(await read_json(request), FollowLink)
+        command: FollowLink = call.command
         async with self._doors.database.statement() as tx:
             grant = await links.follow_link(tx, secret_digest(command.secret))
         expires_at = min(grant.expires_at.timestamp(), time.time() + self._settings.guest_token_ttl_s)
         token = self._authenticator.guest_token(
             link_id=grant.link_id, order_id=grant.order_id, scope=grant.scope, expires_at=expires_at
         )
-        at = dt.datetime.fromtimestamp(expires_at, dt.UTC)
-        return answer({"token": token, "orderId": grant.order_id, "scope": grant.scope, "expiresAt": at})
+        at = rfc3339(dt.datetime.fromtimestamp(expires_at, dt.UTC))
+        return answer(FollowedLink(token, grant.order_id, grant.scope, at))
 
-    async def revoke(self, request: web.Request) -> web.Response:
-        given = await self._command(request, Verb("revoke", users.revoke), users.Revoke)
+    async def revoke(self, call: Call) -> web.Response:
+        given = await self.perform(call, REVOKE)
         self._on_revoked(msgspec.json.decode(given.body, type=users.Revoked))
         return web.Response(status=204)
 
-    # how requests are read
+    # every route
 
-    async def _actor(self, request: web.Request) -> Actor:
+    async def handle(self, route: Route, request: web.Request) -> web.StreamResponse:
+        """Who asks, what is asked, then the route's verb or function."""
         if not self._takes_requests():
             raise Unavailable("This instance is starting; try again.")
-        return await self._authenticator.actor(bearer(request.headers.get(hdrs.AUTHORIZATION)))
+        actor = NOBODY
+        if not route.public:
+            actor = await self._authenticator.actor(bearer(request.headers.get(hdrs.AUTHORIZATION)))
+        command: Any = None
+        if route.method == "GET":
+            command = query(request, route.takes) if route.takes is not None else None
+        elif route.takes is not None:
+            command = decode(await read_json(request), route.takes)
+        call = Call(request, actor, request.match_info.get("order_id", ""), command)
+        if isinstance(route.run, Verb):
+            given = await self.perform(call, route.run)
+            return web.Response(status=given.status, body=given.body, content_type="application/json")
+        return await route.run(self, call)
 
-    async def _command(self, request: web.Request, verb: Verb, type_: type[Any]) -> Answer:
-        actor = await self._actor(request)
-        command = decode(await read_json(request), type_)
-        order_id = request.match_info.get("order_id")
-        args = (command,) if order_id is None else (order_id, command)
-        return await self._doors.perform(verb, actor, *args, key=request.headers.get("Idempotency-Key"))
-
-    async def _perform(self, request: web.Request, verb: Verb, type_: type[Any]) -> web.Response:
-        given = await self._command(request, verb, type_)
-        return web.Response(status=given.status, body=given.body, content_type="application/json")
+    async def perform(self, call: Call, verb: Verb) -> Answer:
+        args = (call.order_id, call.command) if call.order_id else (call.command,)
+        return await self._doors.perform(verb, call.actor, *args, key=call.request.headers.get("Idempotency-Key"))
 
 
-class ReadEvents(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    after: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
-    wait: Annotated[int, Meta(ge=0, le=86_400)] = 0
+NOBODY = Actor(sub="", role=Role.GUEST, exp=0, orders=frozenset())
+"""Who calls a public route."""
 
 
-class FollowLink(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Call(NamedTuple):
+    """A request that was read: by whom, on which order ("" for none), with which command."""
+
+    request: web.Request
+    actor: Actor
+    order_id: str
+    command: Any
+
+
+class ReadEvents(msgspec.Struct, forbid_unknown_fields=True):
+    after: Annotated[int, Meta(ge=0, le=2**31 - 1, description="events after this number")] = 0
+    wait: Annotated[int, Meta(ge=0, le=86_400, description="seconds to wait for one; cut to LONG_POLL_MAX_S")] = 0
+
+
+class EventList(msgspec.Struct):
+    events: list[ToldEvent]
+    seq: int
+
+
+class FollowLink(msgspec.Struct, forbid_unknown_fields=True):
     secret: Annotated[str, Meta(min_length=1, max_length=200)]
 
 
-class _Batch(msgspec.Struct, frozen=True):
+class FollowedLink(msgspec.Struct, rename="camel"):
+    token: str
+    order_id: str
+    scope: Scope
+    expires_at: str
+
+
+class CreatedLink(msgspec.Struct, rename="camel"):
+    id: str
+    url: str
+    token: str
+    scope: Scope
+    expires_at: str
+
+
+class PositionBatch(msgspec.Struct):
     positions: Annotated[list[Position], Meta(min_length=1)]
 
 
+class RefusedPosition(msgspec.Struct):
+    index: int
+    code: str
+
+
+class Located(msgspec.Struct, rename="camel"):
+    accepted: int
+    refused: list[RefusedPosition]
+    next_interval_ms: int
+
+
 class Route(NamedTuple):
+    """One URL below /api/v1: what it takes (a body, or query parameters for GET), what it gives, and how it may refuse
+    besides what every route may."""
+
     method: str
     path: str
-    function: Callable[[Rest, web.Request], Awaitable[web.Response]]
+    run: Verb | Callable[[Rest, Call], Awaitable[web.Response]]
     doing: str
+    takes: Any = None
+    gives: Any = None
+    status: int = 200
+    refuses: tuple[type[Refused], ...] = ()
+    public: bool = False
 
+
+PLACE = Verb("place", orders.place, status=201)
+QUOTE = Verb("quote", orders.quote)
+CANCEL = Verb("cancel", orders.cancel)
+ASSIGN = Verb("assign", orders.assign, before=orders.before_assign)
+REVOKE = Verb("revoke", users.revoke)
 
 ROUTES = [
-    Route("POST", "/orders", Rest.place, "place an order"),
-    Route("POST", "/orders/quote", Rest.quote, "what placing it would cost; changes nothing"),
-    Route("GET", "/orders", Rest.list_orders, "list the orders you see, newest first"),
-    Route("GET", "/orders/{order_id}", Rest.read, "read one order"),
+    Route("POST", "/orders", PLACE, "Place an order", orders.Place, Order, 201, (Conflict,)),
+    Route("POST", "/orders/quote", QUOTE, "What placing it would cost; changes nothing", orders.Place, orders.Quote),
+    Route("GET", "/orders", Rest.list_orders, "The orders you see, newest first", orders.ListOrders, orders.OrderPage),
+    Route("GET", "/orders/{order_id}", Rest.read, "One order", None, Order | TrackedOrder, 200, (NotFound,)),
+    Route("GET", "/orders/{order_id}/events", Rest.events, "Its events", ReadEvents, EventList, 200, (NotFound,)),
     Route(
-        "GET", "/orders/{order_id}/events", Rest.events, "its events after a number; `wait` holds until there are some"
+        "POST",
+        "/orders/{order_id}/status",
+        CHANGE_STATUS,
+        "Move it to another status",
+        orders.ChangeStatus,
+        Order,
+        200,
+        (NotFound, IllegalMove, PaymentRequired, Conflict),
     ),
-    Route("POST", "/orders/{order_id}/status", Rest.change_status, "move it to another status"),
-    Route("POST", "/orders/{order_id}/assign", Rest.assign, "give it to an agent, or to nobody"),
-    Route("POST", "/orders/{order_id}/cancel", Rest.cancel, "cancel it"),
-    Route("POST", "/orders/{order_id}/location", Rest.locate, "the agent's position, or a batch of them"),
-    Route("POST", "/orders/{order_id}/tracking-link", Rest.create_link, "a link to follow it without an account"),
-    Route("DELETE", "/orders/{order_id}/links/{link_id}", Rest.end_link, "end a link"),
-    Route("POST", "/links/follow", Rest.follow_link, "exchange a link's secret for a guest token"),
-    Route("POST", "/tokens/revoke", Rest.revoke, "end a token, or all tokens of somebody"),
+    Route(
+        "POST",
+        "/orders/{order_id}/assign",
+        ASSIGN,
+        "Give it to an agent, or to nobody",
+        orders.Assign,
+        Order,
+        200,
+        (NotFound, OrderClosed, Conflict),
+    ),
+    Route(
+        "POST",
+        "/orders/{order_id}/cancel",
+        CANCEL,
+        "Cancel it",
+        orders.Cancel,
+        Order,
+        200,
+        (NotFound, IllegalMove, Conflict),
+    ),
+    Route(
+        "POST",
+        "/orders/{order_id}/location",
+        Rest.locate,
+        "The agent's position, or a batch of them",
+        dict[str, Any],
+        Located,
+        200,
+        (NotFound, OrderClosed),
+    ),
+    Route(
+        "POST",
+        "/orders/{order_id}/tracking-link",
+        Rest.create_link,
+        "A link to follow it without an account",
+        links.CreateLink,
+        CreatedLink,
+        201,
+        (NotFound, Conflict),
+    ),
+    Route("DELETE", "/orders/{order_id}/links/{link_id}", Rest.end_link, "End a link", None, None, 204, (NotFound,)),
+    Route(
+        "POST",
+        "/links/follow",
+        Rest.follow_link,
+        "Exchange a link's secret for a guest token",
+        FollowLink,
+        FollowedLink,
+        200,
+        (NotFound, LinkExpired),
+        public=True,
+    ),
+    Route("POST", "/tokens/revoke", Rest.revoke, "End a token, or all tokens of somebody", users.Revoke, None, 204),
 ]
 
 
 def add_routes(app: web.Application, rest: Rest) -> None:
-    for method, path, function, _ in ROUTES:
-        app.router.add_route(method, API + path, _bound(function, rest))
+    for route in ROUTES:
+        app.router.add_route(route.method, API + route.path, _bound(route, rest))
 
 
-def _bound(function: Callable[[Rest, web.Request], Awaitable[web.Response]], rest: Rest) -> Handler:
+def _bound(route: Route, rest: Rest) -> Handler:
     async def handler(request: web.Request) -> web.StreamResponse:
-        return await function(rest, request)
+        return await rest.handle(route, request)
 
     return handler
 

@@ -72,7 +72,7 @@ class UpdateLocation(Position, kw_only=True, rename="camel"):
     order_id: Id
 
 
-class _Told(msgspec.Struct, frozen=True):
+class ToldEvent(msgspec.Struct, frozen=True):
     """An event as an entry of a list: its payload under `data`."""
 
     type: str
@@ -86,16 +86,16 @@ class _Subscribed(msgspec.Struct, frozen=True):
     seq: int
     order: Order | TrackedOrder
     location: msgspec.Raw | None
-    events: list[_Told]
+    events: list[ToldEvent]
 
 
 class _Top(msgspec.Struct, frozen=True):
     seq: int
 
 
-def listed(events: Sequence[Event]) -> list[_Told]:
+def listed(events: Sequence[Event]) -> list[ToldEvent]:
     """Events as both doors list them."""
-    return [_Told(one.type, one.seq, one.at, msgspec.Raw(one.payload)) for one in events]
+    return [ToldEvent(one.type, one.seq, one.at, msgspec.Raw(one.payload)) for one in events]
 
 
 class Sockets:

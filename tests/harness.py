@@ -61,9 +61,7 @@ def token(role: str, sub: str = "somebody", *, ttl_s: float = 3600, **claims: An
 SERVICE = token("service", "shop")
 
 
-async def until(
-    holds: Callable[[], Any] | Callable[[], Awaitable[Any]], what: str, within_s: float = SOON_S
-) -> Any:
+async def until(holds: Callable[[], Any] | Callable[[], Awaitable[Any]], what: str, within_s: float = SOON_S) -> Any:
     """Look until `holds()` is true, and return what it gave; fail with `what` was awaited."""
     deadline = time.monotonic() + within_s
     while True:
@@ -227,7 +225,7 @@ class Fleet:
 
     async def pair(self, **env: str) -> tuple[Instance, Instance]:
         """Two instances that behave as one."""
-        return await self.start(**env), await self.start(**env)
+        return await self.start("all", ready=True, **env), await self.start("all", ready=True, **env)
 
     async def stop(self) -> None:
         for instance in self.instances:

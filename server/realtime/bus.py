@@ -180,8 +180,11 @@ class Bus:
                 await self._watch()
             except (OSError, TimeoutError, BusAway, ssl.SSLError) as error:
                 log.debug("bus_not_reached", error=str(error))
-            finally:
+            except asyncio.CancelledError:
+                self.up = False  # we leave it, it does not leave us
                 self._drop()
+                raise
+            self._drop()
             await asyncio.sleep(pause_s * (0.5 + random.random() / 2))
             pause_s = min(pause_s * 2, RECONNECT_MAX_S)
 

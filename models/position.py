@@ -7,6 +7,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from models.message import OrderLocationUpdate
+
 Latitude = Annotated[float, Meta(ge=-90, le=90)]
 Longitude = Annotated[float, Meta(ge=-180, le=180)]
 UnixMilliseconds = Annotated[int, Meta(ge=0, le=8_640_000_000_000_000)]
@@ -29,22 +31,10 @@ class Position(msgspec.Struct, kw_only=True):
     battery: Annotated[float, Meta(ge=0, le=100)] | None = None
 
 
-class _Shown(msgspec.Struct, kw_only=True, rename="camel", omit_defaults=True):
-    """`orderLocationUpdate`: the battery is the agent's own business."""
-
-    order_id: str
-    lat: float
-    lng: float
-    ts: int | float
-    accuracy: float | None = None
-    heading: float | None = None
-    speed: float | None = None
-
-
 def shown(order_id: str, position: Position) -> bytes:
-    """The payload that watchers of the order get, as JSON."""
+    """The payload that watchers of the order get, as JSON. The battery is the agent's own business."""
     return msgspec.json.encode(
-        _Shown(
+        OrderLocationUpdate(
             order_id=order_id,
             lat=position.lat,
             lng=position.lng,

@@ -7,21 +7,9 @@ from html import escape
 from aiohttp import web
 
 from models.errors import Refused
+from models.message import HEARD
 from server.rest import API, ROUTES
 from server.sockets import EVENTS
-
-HEARD = (
-    "orderStatusUpdate",
-    "deliveryAgentAssigned",
-    "orderOutForDelivery",
-    "orderDelivered",
-    "orderLocationUpdate",
-    "subscriptionClosed",
-    "tokenExpiring",
-    "serverDraining",
-    "disconnected",
-)
-"""Events that clients hear."""
 
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;"

@@ -10,7 +10,7 @@ import asyncio
 import datetime as dt
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import structlog
@@ -20,6 +20,7 @@ from handlers import orders, tracking
 from models.base import Id, Reason, rfc3339
 from models.errors import Forbidden, Invalid, Malformed, NotFound, RateLimited, Refused, Unavailable
 from models.event import Event, Type
+from models.message import ServerDraining, SubscriptionClosed, TokenExpiring
 from models.order import FINAL, Order, Status, TrackedOrder
 from models.position import Position
 from models.user import Actor, Role
@@ -81,12 +82,35 @@ class ToldEvent(msgspec.Struct, frozen=True):
     data: msgspec.Raw
 
 
-class _Subscribed(msgspec.Struct, frozen=True):
-    ok: bool
+class Subscribed(msgspec.Struct, frozen=True):
+    """The order at one instant: `events` end at exactly `seq`."""
+
+    ok: Literal[True]
     seq: int
     order: Order | TrackedOrder
     location: msgspec.Raw | None
     events: list[ToldEvent]
+
+
+class Done(msgspec.Struct, frozen=True):
+    ok: Literal[True]
+
+
+class LocationTaken(msgspec.Struct, frozen=True, rename="camel"):
+    ok: Literal[True]
+    next_interval_ms: int
+
+
+class StatusChanged(msgspec.Struct, frozen=True):
+    """`seq`: the number of the last event that the change wrote."""
+
+    ok: Literal[True]
+    seq: int
+
+
+class TokenRefreshed(msgspec.Struct, frozen=True, rename="camel"):
+    ok: Literal[True]
+    expires_at: str
 
 
 class _Top(msgspec.Struct, frozen=True):
@@ -178,7 +202,7 @@ class Sockets:
                     await self._end(connection, "expired")
                 elif connection.actor.exp <= soon and connection.id not in self._noticed:
                     self._noticed.add(connection.id)
-                    connection.emit("tokenExpiring", {"expiresAt": _unix_rfc3339(connection.actor.exp)})
+                    connection.emit("tokenExpiring", TokenExpiring(expires_at=_unix_rfc3339(connection.actor.exp)))
 
     async def end_revoked(self) -> None:
         """End the sessions whose token was revoked."""
@@ -195,12 +219,12 @@ class Sockets:
 
     def _close_subscription(self, connection: Connection, order_id: str, code: str) -> None:
         self.rooms.leave(connection, order_id)
-        connection.emit("subscriptionClosed", {"orderId": order_id, "code": code})
+        connection.emit("subscriptionClosed", SubscriptionClosed(order_id=order_id, code=code))
 
     def drain(self, retry_in_ms: int) -> None:
         """Tell every client to come back elsewhere, and end its transport."""
         for connection in list(self.engine.connections.values()):
-            connection.emit("serverDraining", {"retryInMs": retry_in_ms})
+            connection.emit("serverDraining", ServerDraining(retry_in_ms=retry_in_ms))
             connection.hang_up()
 
     # what clients send
@@ -304,28 +328,28 @@ class Sockets:
             if room.position is not None and room.epoch == snapshot.assignment:
                 seen.append(room.position)
             location = msgspec.Raw(max(seen)[1]) if seen else None
-        answer = _Subscribed(True, snapshot.order.seq, snapshot.order, location, listed(snapshot.events))
+        answer = Subscribed(True, snapshot.order.seq, snapshot.order, location, listed(snapshot.events))
         # from here to the end nothing may wait: the answer and the membership are one step
         self._acknowledge(connection, number, "subscribeToOrder", "ok", msgspec.json.encode(answer))
         self.rooms.settle(room, member, snapshot.order.seq, snapshot.assignment)
 
     async def unsubscribe(self, connection: Connection, payload: Unsubscribe, number: int | None) -> None:
         self.rooms.leave(connection, payload.order_id)
-        self._acknowledge(connection, number, "unsubscribeFromOrder", "ok", b'{"ok":true}')
+        self._acknowledge(connection, number, "unsubscribeFromOrder", "ok", msgspec.json.encode(Done(True)))
 
     async def update_location(self, connection: Connection, payload: UpdateLocation, number: int | None) -> None:
         await self._locations.accept(connection.actor, payload.order_id, payload, connection.id)
         self._acknowledge(connection, number, "updateLocation", "ok", self._location_answer())
 
     def _location_answer(self) -> bytes:
-        return b'{"ok":true,"nextIntervalMs":%d}' % self._settings.location_next_interval_ms
+        return msgspec.json.encode(LocationTaken(True, self._settings.location_next_interval_ms))
 
     async def update_status(self, connection: Connection, payload: UpdateOrderStatus, number: int | None) -> None:
         key = None if isinstance(payload.idempotency_key, UnsetType) else payload.idempotency_key
         command = orders.ChangeStatus(status=payload.status, note=payload.note)
         answer = await self._doors.perform(CHANGE_STATUS, connection.actor, payload.order_id, command, key=key)
         top = msgspec.json.decode(answer.body, type=_Top).seq
-        self._acknowledge(connection, number, "updateOrderStatus", "ok", b'{"ok":true,"seq":%d}' % top)
+        self._acknowledge(connection, number, "updateOrderStatus", "ok", msgspec.json.encode(StatusChanged(True, top)))
 
     async def refresh_token(self, connection: Connection, payload: RefreshToken, number: int | None) -> None:
         actor = await self._authenticator.actor(payload.token)
@@ -336,7 +360,7 @@ class Sockets:
         for key in list(connection.keys):
             if not actor.reaches(key):
                 self._close_subscription(connection, key, "revoked")
-        answer = {"ok": True, "expiresAt": _unix_rfc3339(actor.exp)}
+        answer = TokenRefreshed(True, _unix_rfc3339(actor.exp))
         self._acknowledge(connection, number, "refreshToken", "ok", msgspec.json.encode(answer))
 
     # what the bus brings
@@ -385,16 +409,17 @@ class Sockets:
 class _Event(NamedTuple):
     payload: type[Any]
     run: Callable[[Sockets, Connection, Any, int | None], Awaitable[None]]
+    answer: type[Any]
 
 
 CHANGE_STATUS = Verb("change_status", orders.change_status)
 
 EVENTS: dict[str, _Event] = {
-    "subscribeToOrder": _Event(Subscribe, Sockets.subscribe),
-    "unsubscribeFromOrder": _Event(Unsubscribe, Sockets.unsubscribe),
-    "updateLocation": _Event(UpdateLocation, Sockets.update_location),
-    "updateOrderStatus": _Event(UpdateOrderStatus, Sockets.update_status),
-    "refreshToken": _Event(RefreshToken, Sockets.refresh_token),
+    "subscribeToOrder": _Event(Subscribe, Sockets.subscribe, Subscribed),
+    "unsubscribeFromOrder": _Event(Unsubscribe, Sockets.unsubscribe, Done),
+    "updateLocation": _Event(UpdateLocation, Sockets.update_location, LocationTaken),
+    "updateOrderStatus": _Event(UpdateOrderStatus, Sockets.update_status, StatusChanged),
+    "refreshToken": _Event(RefreshToken, Sockets.refresh_token, TokenRefreshed),
 }
 
 

@@ -22,6 +22,7 @@ from engineio import packet as eio_packet
 from socketio import packet as sio_packet
 
 from models.errors import Refused, Unavailable
+from models.message import Disconnected
 from models.user import Actor
 from server.realtime.connections import Connection, Frame, acknowledgement
 
@@ -171,7 +172,7 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
 
     async def expel(self, connection: Connection, code: str) -> None:
         """End a session for good: `disconnected {code}`, then DISCONNECT, after which clients stay away."""
-        connection.emit("disconnected", {"code": code})
+        connection.emit("disconnected", Disconnected(code=code))
         await self.disconnect(connection.id)
         connection.hang_up()
 
@@ -236,7 +237,7 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         if number is not None:
             socket.queue.put_nowait(acknowledgement(number, msgspec.json.encode({"ok": False, "error": error})))
         if eio_sid in self.connections:
-            self.connections[eio_sid].emit("disconnected", {"code": code})
+            self.connections[eio_sid].emit("disconnected", Disconnected(code=code))
         else:
             told = msgspec.json.encode({"message": message, "data": error}).decode()
             socket.queue.put_nowait(_text(f"4{told}"))

@@ -97,6 +97,24 @@ class Stale(Refused):
     code, status, title = "stale", 422, "The position is too old"
 
 
+class Future(Refused):
+    """The position is further ahead than `LOCATION_FUTURE_MAX_MS`: it would hide every honest one until then."""
+
+    code, status, title = "future", 422, "The position is from the future"
+
+
+class Inaccurate(Refused):
+    """The position may be further off than `LOCATION_ACCURACY_MAX_M`."""
+
+    code, status, title = "inaccurate", 422, "The position is too inaccurate"
+
+
+class Jump(Refused):
+    """Nobody gets there from the last position at `LOCATION_SPEED_MAX_MPS`."""
+
+    code, status, title = "jump", 422, "The position is an impossible jump"
+
+
 class RateLimited(Refused):
     """`retryAfterMs`: when to come back."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models import event, inbox, link, order, user
+from models import event, inbox, link, order, position, user
 from models.base import metadata
 
-__all__ = ["event", "inbox", "link", "metadata", "order", "user"]
+__all__ = ["event", "inbox", "link", "metadata", "order", "position", "user"]

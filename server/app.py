@@ -23,12 +23,14 @@ from server.doors import FORGET, Doors
 from server.health import Health
 from server.locations import Locations
 from server.outbox import CONTROL, Outbox, order_channel
+from server.pages import Pages
 from server.realtime.bus import Bus
 from server.realtime.positions import SHOW, PositionLane
 from server.rest import Rest, add_routes, edge, problem
 from server.settings import CannotStart, Settings
 from server.sockets import Sockets
 from server.workers.relay import Relay
+from server.workers.trail import Trail
 
 log = structlog.get_logger()
 
@@ -78,14 +80,14 @@ class Process:
         )
         self.outbox = Outbox(self.database, self.bus, lane)
         self.authenticator = Authenticator(settings)
-        self.locations = Locations(
+        self.trail = Trail(
             self.database,
-            self.bus,
-            lane,
-            timeout_s=settings.redis_timeout_ms / 1000,
-            remembered_max=settings.assignment_cache_max,
-            refusal_s=settings.assignment_refusal_s,
+            interval_ms=settings.location_trail_interval_ms,
+            flush_ms=settings.location_trail_flush_ms,
+            buffer_max=settings.location_trail_buffer_max,
+            keep_s=settings.location_trail_keep_s,
         )
+        self.locations = Locations(settings, self.database, self.bus, lane, self.trail)
         doors = Doors(self.database, self.outbox, lane)
         self.sockets = Sockets(settings, doors, self.authenticator, self.bus, lane, self.locations)
         self.rest = Rest(
@@ -130,8 +132,10 @@ class Process:
         if self._serves:
             self._loop("rooms", self.sockets.rooms.run())
             self._loop("tokens", self.sockets.watch_tokens())
+            self._loop("trail", self.trail.run())
         if self._works:
             self._loop("relay", self._when_schema_is_there(self.relay.run))
+            self._loop("old positions", self._when_schema_is_there(self.trail.sweep))
             self._loop("keys", self._when_schema_is_there(self._forget_old_keys))
         await self._listen()
 
@@ -148,6 +152,7 @@ class Process:
                 with contextlib.suppress(Exception):
                     await self.bus.call("PING")  # behind this one, every publish has been answered
                 await self.outbox.flush()
+                await self.trail.flush()
         for task in reversed(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -259,6 +264,7 @@ class Process:
             app.router.add_get("/docs", show_docs)
             for method in ("GET", "POST", "OPTIONS"):
                 app.router.add_route(method, "/socket.io/", self._socket)
+            Pages().add_routes(app)
             add_routes(app, self.rest)
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5.0)
         await self._runner.setup()

@@ -118,9 +118,9 @@ class Rest:
         found = convert(body, PositionBatch).positions if "positions" in body else [convert(body, Position)]
         if len(found) > self._settings.location_batch_max:
             raise TooLarge(f"One request takes {self._settings.location_batch_max} positions at most.")
-        for position in found:
-            await self._locations.accept(call.actor, call.order_id, position, "-")
-        return answer(Located(len(found), [], self._settings.location_next_interval_ms))
+        judged = await self._locations.accept(call.actor, call.order_id, found, "-")
+        refused = [RefusedPosition(index, refusal.code) for index, refusal in enumerate(judged) if refusal is not None]
+        return answer(Located(len(found) - len(refused), refused, self._settings.location_next_interval_ms))
 
     # links and tokens
 

@@ -7,6 +7,7 @@ The name of a setting is its environment variable in lower case; a limit carries
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,6 +95,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     drain_timeout_s: Annotated[Seconds, Meta(description="time between SIGTERM and exit")] = 15
     idempotency_keep_s: Annotated[Seconds, Meta(description="life of an Idempotency-Key")] = 7 * 24 * 3600
 
+    cors_origins: Annotated[
+        str, Meta(description="origins whose pages may call this server, comma-separated, or *; empty: its own only")
+    ] = ""
+    trusted_proxies: Annotated[
+        str, Meta(description="addresses or CIDRs whose X-Forwarded-For, -Proto and -Host count; empty: nobody's")
+    ] = ""
+
+    connections_max: Annotated[Count, Meta(description="most open connections of one process")] = 20_000
+    headers_timeout_ms: Annotated[
+        Milliseconds, Meta(description="time from the first byte of a request, or from connecting, to its last header")
+    ] = 10_000
+    body_timeout_ms: Annotated[
+        Milliseconds, Meta(description="time from the headers of a request to its last byte")
+    ] = 15_000
+    keep_alive_timeout_s: Annotated[Seconds, Meta(description="idle time after which a connection is closed")] = 75
+    request_timeout_ms: Annotated[
+        Milliseconds, Meta(description="time from the headers of a request to its answer; `wait` comes on top")
+    ] = 20_000
+    write_timeout_ms: Annotated[
+        Milliseconds, Meta(description="how long a client may take nothing of what it is sent")
+    ] = 20_000
+    connect_timeout_ms: Annotated[
+        Milliseconds, Meta(description="time from opening a socket to an accepted CONNECT")
+    ] = 10_000
     body_max_bytes: Annotated[Bytes, Meta(description="largest request body")] = 256 * 1024
     frame_max_bytes: Annotated[Bytes, Meta(description="largest message on a socket")] = 16 * 1024
     order_lines_max: Annotated[Count, Meta(description="most lines of one order")] = 200
@@ -102,6 +127,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     calls_in_flight_per_socket_max: Annotated[
         Count, Meta(description="most unanswered events of one socket; further ones wait")
     ] = 16
+    answers_queued_per_socket_max: Annotated[
+        Count, Meta(description="most unread messages of a socket; beyond, what it sends is read no further")
+    ] = 500
     long_poll_max_s: Annotated[Seconds, Meta(description="longest `wait` of a read")] = 30
     room_events_max: Annotated[Count, Meta(description="newest events that a watched order keeps in memory")] = 64
     ping_interval_s: Annotated[Seconds, Meta(description="how often a socket is asked whether it lives")] = 25
@@ -112,6 +140,35 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=0, le=3_600_000)],
         Meta(description="least pause between two shown positions of an order; 0: no thinning"),
     ] = 0
+    location_max_age_ms: Annotated[Milliseconds, Meta(description="a position that is older is refused as `stale`")] = (
+        600_000
+    )
+    location_future_max_ms: Annotated[
+        Milliseconds, Meta(description="a position further ahead of our clock is refused as `future`")
+    ] = 30_000
+    location_accuracy_max_m: Annotated[
+        Annotated[int, Meta(ge=1, le=1_000_000)], Meta(description="a position further off is refused as `inaccurate`")
+    ] = 500
+    location_speed_max_mps: Annotated[
+        Annotated[int, Meta(ge=1, le=10_000)],
+        Meta(description="a position that would need a higher speed, in metres per second, is refused as `jump`"),
+    ] = 70
+    location_jump_slack_m: Annotated[
+        Annotated[int, Meta(ge=0, le=100_000)], Meta(description="distance that is no jump at any speed: GPS wanders")
+    ] = 100
+    location_jump_confirm_ms: Annotated[
+        Milliseconds, Meta(description="refused jumps that agree with each other for this long are believed")
+    ] = 10_000
+    location_trail_interval_ms: Annotated[
+        Milliseconds, Meta(description="the trail keeps one position of each such interval")
+    ] = 5000
+    location_trail_flush_ms: Annotated[
+        Milliseconds, Meta(description="how often the trail is written, in one batch")
+    ] = 1000
+    location_trail_buffer_max: Annotated[
+        Count, Meta(description="most positions that wait to be written; beyond, the oldest are dropped")
+    ] = 20_000
+    location_trail_keep_s: Annotated[Seconds, Meta(description="how long the trail is kept")] = 30 * 24 * 3600
     location_next_interval_ms: Annotated[
         Milliseconds, Meta(description="pause that agents are asked to keep between positions")
     ] = 5000
@@ -124,6 +181,31 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     rate_limits: Annotated[
         Literal["on", "off"], Meta(description="off lifts every rate and every count; byte bounds stay")
     ] = "on"
+    rate_user_requests_per_min: Annotated[
+        Count, Meta(description="requests of one customer, agent or guest, on all instances together")
+    ] = 1200
+    rate_user_events_per_min: Annotated[
+        Count, Meta(description="socket events of one customer, agent or guest; positions are not counted")
+    ] = 1200
+    rate_user_burst_max: Annotated[Count, Meta(description="how many of each may come at once")] = 400
+    rate_service_requests_per_min: Annotated[Count, Meta(description="requests of one service, staff or admin")] = (
+        60_000
+    )
+    rate_service_events_per_min: Annotated[Count, Meta(description="socket events of one service, staff or admin")] = (
+        60_000
+    )
+    rate_service_burst_max: Annotated[Count, Meta(description="how many of each may come at once")] = 10_000
+    rate_address_requests_per_min: Annotated[
+        Count, Meta(description="requests and CONNECTs of one address without an accepted token; IPv6: of one /64")
+    ] = 1200
+    rate_address_burst_max: Annotated[Count, Meta(description="how many of them may come at once")] = 400
+    rate_address_handshakes_per_min: Annotated[
+        Count, Meta(description="sockets that one address may open; whole offices and mobile networks share one")
+    ] = 6000
+    rate_address_handshakes_burst_max: Annotated[Count, Meta(description="how many of them may come at once")] = 3000
+    rate_limit_wait_ms: Annotated[
+        Milliseconds, Meta(description="longest wait for Redis to count; then the request is let through")
+    ] = 100
 
     def __repr__(self) -> str:
         return f"Settings(environment={self.environment!r})"  # the rest holds secrets
@@ -142,6 +224,44 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.jwt_public_key or self.jwt_jwks_url)
 
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def networks(text: str) -> tuple[Network, ...]:
+    """The networks of `TRUSTED_PROXIES`.
+
+    Raises:
+        CannotStart: one of them is none.
+    """
+    found: list[Network] = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        try:
+            found.append(ipaddress.ip_network(part))
+        except ValueError as error:
+            raise CannotStart(
+                f"TRUSTED_PROXIES holds {part!r} ({error}): write addresses such as 10.0.0.7 or networks such as "
+                "10.0.0.0/8, with commas between."
+            ) from None
+    return tuple(found)
+
+
+def origins(text: str) -> frozenset[str]:
+    """The origins of `CORS_ORIGINS`.
+
+    Raises:
+        CannotStart: one of them is none.
+    """
+    found = frozenset(filter(None, map(str.strip, text.split(","))))
+    for one in found - {"*"}:
+        parts = urlsplit(one)
+        if parts.scheme not in ("http", "https") or not parts.hostname or f"{parts.scheme}://{parts.netloc}" != one:
+            raise CannotStart(
+                f"CORS_ORIGINS holds {one!r}: write origins such as https://shop.example, without a path, with commas "
+                "between; or * for all."
+            )
+    return frozenset(one.lower() for one in found)
+
+
 def load(environ: Mapping[str, str], dotenv: Path | None = None) -> Settings:
     """Read the settings from `environ`, and in development from a `.env` file for names that `environ` lacks.
 
@@ -158,6 +278,8 @@ def load(environ: Mapping[str, str], dotenv: Path | None = None) -> Settings:
         raw = values.get(field.upper(), "").strip()
         if raw:
             given[field] = _convert(field, type_, raw.lower() if field in ("log_level", "rate_limits") else raw)
+    for field, check in (("trusted_proxies", networks), ("cors_origins", origins)):
+        check(str(given.get(field, "")))
     settings = Settings(**given)  # type: ignore[arg-type]  # each value was converted to its field's type above
     _check_relations(settings)
     if settings.production:
@@ -237,6 +359,18 @@ def _check_relations(s: Settings) -> None:
         (
             s.db_timeout_ms < s.drain_timeout_s * 1000,
             "DB_TIMEOUT_MS must be less than DRAIN_TIMEOUT_S, or a drain cuts running requests",
+        ),
+        (
+            s.redis_timeout_ms + 2 * s.db_timeout_ms < s.request_timeout_ms,
+            "REDIS_TIMEOUT_MS + twice DB_TIMEOUT_MS must be less than REQUEST_TIMEOUT_MS: requests read, then write",
+        ),
+        (
+            s.body_timeout_ms < s.request_timeout_ms,
+            "BODY_TIMEOUT_MS must be less than REQUEST_TIMEOUT_MS, or a slow body leaves no time for its answer",
+        ),
+        (
+            s.rate_limit_wait_ms < s.subscribe_timeout_ms,
+            "RATE_LIMIT_WAIT_MS must be less than SUBSCRIBE_TIMEOUT_MS",
         ),
         (s.frame_max_bytes <= s.body_max_bytes, "FRAME_MAX_BYTES must not be more than BODY_MAX_BYTES"),
         (

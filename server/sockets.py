@@ -338,7 +338,9 @@ class Sockets:
         self._acknowledge(connection, number, "unsubscribeFromOrder", "ok", msgspec.json.encode(Done(True)))
 
     async def update_location(self, connection: Connection, payload: UpdateLocation, number: int | None) -> None:
-        await self._locations.accept(connection.actor, payload.order_id, payload, connection.id)
+        (refusal,) = await self._locations.accept(connection.actor, payload.order_id, [payload], connection.id)
+        if refusal is not None:
+            raise refusal
         self._acknowledge(connection, number, "updateLocation", "ok", self._location_answer())
 
     def _location_answer(self) -> bytes:

@@ -24,6 +24,7 @@ from server.health import Health
 from server.locations import Locations
 from server.outbox import CONTROL, Outbox, order_channel
 from server.pages import Pages
+from server.pages import Pages
 from server.realtime.bus import Bus
 from server.realtime.positions import SHOW, PositionLane
 from server.rest import Rest, add_routes, edge, problem
@@ -264,6 +265,7 @@ class Process:
             app.router.add_get("/docs", show_docs)
             for method in ("GET", "POST", "OPTIONS"):
                 app.router.add_route(method, "/socket.io/", self._socket)
+            Pages().add_routes(app)
             Pages().add_routes(app)
             add_routes(app, self.rest)
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5.0)

@@ -1,0 +1,122 @@
+"""The pages that people open in a browser, and their static files: read once at start, named by their content."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from aiohttp import hdrs, web
+
+WEB = Path(__file__).parent / "web"
+
+CONTENT_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+
+_REFERENCE = re.compile(r'(?<="\.\./web/)[a-z.-]+(?=")')
+"""How a page names a static file: relative, so that it works behind a path prefix too."""
+
+_NAMED = re.compile(r"([a-z.-]+)\.([0-9a-f]{16})(\.[a-z]+)")
+_HOST = re.compile(r"[A-Za-z0-9.-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?")
+"""What may stand in a policy as our own host; a `Host` header is the client's word."""
+
+_EVERYWHERE = {
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+_ON_PAGES = {
+    **_EVERYWHERE,
+    # the secret is in the address: nobody may keep the page, index it, or learn where somebody came from
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Robots-Tag": "noindex, nofollow",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "X-Frame-Options": "DENY",
+}
+
+
+class _File(NamedTuple):
+    body: bytes
+    small: bytes
+    """The same, gzipped."""
+    content_type: str
+    digest: str
+
+    @classmethod
+    def of(cls, body: bytes, content_type: str) -> _File:
+        return cls(body, gzip.compress(body, 9, mtime=0), content_type, hashlib.sha256(body).hexdigest()[:16])
+
+    def response(self, request: web.Request, headers: Mapping[str, str]) -> web.Response:
+        zipped = _takes_gzip(request)
+        response = web.Response(
+            body=self.small if zipped else self.body,
+            content_type=self.content_type,
+            charset="utf-8",
+            headers={**headers, "Vary": "Accept-Encoding"},
+        )
+        if zipped:
+            response.headers["Content-Encoding"] = "gzip"
+        return response
+
+
+class Pages:
+    """The tracking page, and the files that it names."""
+
+    def __init__(self, folder: Path = WEB) -> None:
+        html = (folder / "track.html").read_text()
+        self._files = {name: _read(folder / name) for name in _REFERENCE.findall(html)}
+        self._track = _File.of(_REFERENCE.sub(lambda name: self._named(name[0]), html).encode(), "text/html")
+
+    def add_routes(self, app: web.Application) -> None:
+        app.router.add_get("/track/{key}", self.track)
+        app.router.add_get("/web/{name}", self.file)
+
+    async def track(self, request: web.Request) -> web.Response:
+        """The same page for every order and every link: what its address means, its script finds out."""
+        return self._track.response(request, {**_ON_PAGES, "Content-Security-Policy": policy(request.host)})
+
+    async def file(self, request: web.Request) -> web.Response:
+        """A static file under a name that carries its digest.
+
+        During a rolling deployment a page of one version may ask an instance of another: it gets the file that is
+        there, but may not keep it under that name.
+        """
+        asked = _NAMED.fullmatch(request.match_info["name"])
+        found = self._files.get(asked[1] + asked[3]) if asked else None
+        if asked is None or found is None:
+            raise web.HTTPNotFound
+        etag = f'"{found.digest}{"-gzip" if _takes_gzip(request) else ""}"'
+        keep = "public, max-age=31536000, immutable" if asked[2] == found.digest else "no-cache"
+        headers = {**_EVERYWHERE, "ETag": etag, "Cache-Control": keep}
+        if any(f'"{known.value}"' == etag or known.value == "*" for known in request.if_none_match or ()):
+            return web.Response(status=304, headers={**headers, "Vary": "Accept-Encoding"})
+        return found.response(request, headers)
+
+    def _named(self, name: str) -> str:
+        stem, dot, extension = name.rpartition(".")
+        return f"{stem}.{self._files[name].digest}{dot}{extension}"
+
+
+def policy(host: str) -> str:
+    """The page's Content-Security-Policy: its own files and its own server, nothing else, nothing inline.
+
+    Browsers differ in whether 'self' covers the WebSocket of the same host, so that is named, when `host` is a name.
+    """
+    sockets = f" ws://{host} wss://{host}" if _HOST.fullmatch(host) else ""
+    return (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+        f"connect-src 'self'{sockets}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+
+
+def _read(path: Path) -> _File:
+    return _File.of(path.read_bytes(), CONTENT_TYPES[path.suffix])
+
+
+def _takes_gzip(request: web.Request) -> bool:
+    offered = request.headers.get(hdrs.ACCEPT_ENCODING, "").lower().replace(" ", "").split(",")
+    return any(one == "gzip" or (one.startswith("gzip;q=") and one[7:].strip("0.") != "") for one in offered)

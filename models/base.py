@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -32,13 +32,32 @@ def rfc3339(at: dt.datetime) -> str:
 Words = "^[^\\x00]*\\Z"
 """Text that Postgres can hold: anything but NUL."""
 
+
+class Holds(NamedTuple):
+    """Says of JSON that is handed on as it is which shape it has: `Annotated[msgspec.Raw, Holds(Position)]`."""
+
+    shape: Any
+
+
+Later = Meta(extra={"later": True})
+"""Marks a member that the contract knows and this version always refuses: the documents leave it out."""
+
+Time = Annotated[str, Meta(description="RFC 3339, UTC", extra_json_schema={"format": "date-time"})]
+UuidText = Annotated[str, Meta(extra_json_schema={"format": "uuid"})]
+
 Id = Annotated[str, Meta(min_length=1, max_length=200, pattern=Words)]
 ShortText = Annotated[str, Meta(min_length=1, max_length=200, pattern=Words)]
 Reference = Annotated[str, Meta(min_length=1, max_length=64, pattern=Words)]
 LongText = Annotated[str, Meta(max_length=1000, pattern=Words)]
 Reason = Annotated[str, Meta(min_length=1, max_length=500, pattern=Words)]
 Quantity = Annotated[int, Meta(ge=1, le=1_000_000)]
-MinorUnits = Annotated[int, Meta(ge=0, le=MINOR_UNITS_MAX)]
+MinorUnits = Annotated[int, Meta(ge=0, le=MINOR_UNITS_MAX, description="minor units of the currency: 12000 is ₹120")]
+Amount = Annotated[int, Meta(description="minor units of the currency")]
+"""An amount of ours, on its way out."""
+
+
+# A struct may carry `SCHEMA: ClassVar[dict[str, Any]]`: members of its JSON Schema that its fields do not tell, such as
+# examples, or which of its members go together.
 
 
 class Strict(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fields=True):

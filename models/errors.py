@@ -6,7 +6,9 @@ render it from this one table. Anything else that is raised is a bug and answers
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import msgspec
 
 
 class Refused(Exception):
@@ -15,6 +17,8 @@ class Refused(Exception):
     code: ClassVar[str]
     status: ClassVar[int]
     title: ClassVar[str]
+    members: ClassVar[dict[str, Any]] = {}
+    """Names and types of `fields`, for the documents."""
 
     def __init__(self, detail: str, **fields: object) -> None:
         super().__init__(detail)
@@ -48,6 +52,7 @@ class IllegalMove(Refused):
     """The order cannot go there from where it is. `allowed`: where this caller may move it now."""
 
     code, status, title = "illegal_move", 409, "The order cannot move there"
+    members: ClassVar[dict[str, Any]] = {"allowed": list[str]}
 
     def __init__(self, detail: str, allowed: list[str]) -> None:
         super().__init__(detail, allowed=allowed)
@@ -61,6 +66,7 @@ class PaymentRequired(Refused):
     """`due`: what is still to be paid, in minor units of the order's currency."""
 
     code, status, title = "payment_required", 409, "The order must be paid first"
+    members: ClassVar[dict[str, Any]] = {"due": int}
 
     def __init__(self, detail: str, due: int) -> None:
         super().__init__(detail, due=due)
@@ -78,10 +84,19 @@ class UnsupportedMedia(Refused):
     code, status, title = "unsupported_media", 415, "The content type is not supported"
 
 
+class FieldError(msgspec.Struct, frozen=True):
+    """`pointer`: RFC 6901 pointer to the member of the request; empty for the whole of it."""
+
+    pointer: str
+    code: str
+    message: str
+
+
 class Invalid(Refused):
     """A value breaks its rule. `pointer`: RFC 6901 pointer to it in the request body."""
 
     code, status, title = "invalid", 422, "A value breaks its rule"
+    members: ClassVar[dict[str, Any]] = {"errors": list[FieldError]}
 
     def __init__(self, detail: str, pointer: str = "") -> None:
         super().__init__(detail, errors=[{"pointer": pointer, "code": "invalid", "message": detail}])
@@ -119,6 +134,7 @@ class RateLimited(Refused):
     """`retryAfterMs`: when to come back."""
 
     code, status, title = "rate_limited", 429, "Too many requests"
+    members: ClassVar[dict[str, Any]] = {"retryAfterMs": int}
 
     def __init__(self, detail: str, retry_after_ms: int) -> None:
         super().__init__(detail, retryAfterMs=retry_after_ms)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import msgspec
+from typing import Annotated
 
-from models.base import View
+import msgspec
+from msgspec import Meta
+
+from models.base import Time, UuidText, View
 from models.event import Type
 from models.order import Agent, Status, TrackedAgent
 from models.user import Role
@@ -17,12 +20,15 @@ class ActorShown(View):
     id: str | None = None
 
 
+Seq = Annotated[int, Meta(description="number in the order's log")]
+
+
 class OrderEvent(View):
     """What every durable event carries: its order, its number in the order's log (1, 2, 3, ...), its time."""
 
-    order_id: str
-    seq: int
-    at: str
+    order_id: UuidText
+    seq: Seq
+    at: Time
 
 
 class OrderStatusUpdate(OrderEvent):
@@ -35,9 +41,9 @@ class OrderStatusUpdate(OrderEvent):
 class DeliveryAgentAssigned(msgspec.Struct, kw_only=True, rename="camel"):
     """`agent` is null when the order was taken from its agent."""
 
-    order_id: str
-    seq: int
-    at: str
+    order_id: UuidText
+    seq: Seq
+    at: Time
     agent: Agent | TrackedAgent | None
 
 
@@ -52,26 +58,26 @@ class OrderDelivered(OrderEvent):
 class OrderLocationUpdate(View):
     """Degrees, metres, metres per second; `ts` is Unix milliseconds, as the agent sent it. Keep the highest `ts`."""
 
-    order_id: str
-    lat: float
-    lng: float
-    ts: int | float
-    accuracy: float | None = None
-    heading: float | None = None
-    speed: float | None = None
+    order_id: UuidText
+    lat: Annotated[float, Meta(description="degrees")]
+    lng: Annotated[float, Meta(description="degrees")]
+    ts: Annotated[int | float, Meta(description="Unix milliseconds of the fix")]
+    accuracy: Annotated[float | None, Meta(description="metres")] = None
+    heading: Annotated[float | None, Meta(description="degrees from north, clockwise")] = None
+    speed: Annotated[float | None, Meta(description="metres per second")] = None
 
 
 class SubscriptionClosed(View):
     """Access to the order has ended: `reassigned`, `revoked` or `expired`."""
 
-    order_id: str
-    code: str
+    order_id: UuidText
+    code: Annotated[str, Meta(description="reassigned, revoked or expired")]
 
 
 class TokenExpiring(View):
     """Send refreshToken before `expiresAt`."""
 
-    expires_at: str
+    expires_at: Time
 
 
 class ServerDraining(View):
@@ -85,6 +91,11 @@ class Disconnected(View):
 
     code: str
 
+
+DURABLE = (Type.STATUS, Type.ASSIGNED, Type.OUT_FOR_DELIVERY, Type.DELIVERED)
+"""Events that are rows of the order's log: they carry a `seq` and are never lost."""
+
+DurableEvent = OrderStatusUpdate | DeliveryAgentAssigned | OrderOutForDelivery | OrderDelivered
 
 HEARD: dict[str, type[msgspec.Struct]] = {
     Type.STATUS: OrderStatusUpdate,

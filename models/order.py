@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy import BigInteger, Column, ForeignKey, Identity, Index, Integer, Table, Text, Uuid, text
 
 from models.address import Address, Contact
-from models.base import MinorUnits, Quantity, ShortText, Strict, UtcTime, View, metadata, rfc3339
+from models.base import (
+    Amount,
+    Later,
+    MinorUnits,
+    Quantity,
+    ShortText,
+    Strict,
+    Time,
+    UtcTime,
+    UuidText,
+    View,
+    metadata,
+    rfc3339,
+)
 from models.errors import Forbidden, IllegalMove, Invalid, NotFound, OrderClosed, PaymentRequired
 from models.event import Event, Type, tracked_agent
 from models.money import EXPONENTS, MINOR_UNITS_MAX, tax_of
@@ -169,24 +182,27 @@ def sources(actor: Actor, target: Status) -> list[str]:
 class AskedItem(Strict):
     """A line as it is asked for: of a product (`sku`), or free (`name` and `unitPrice`, minor units before tax)."""
 
+    # until there are products, a line can only be free
+    SCHEMA: ClassVar[dict[str, Any]] = {"required": ["quantity", "name", "unitPrice"]}
+
     quantity: Quantity
-    sku: ShortText | UnsetType = UNSET
+    sku: Annotated[ShortText, Later] | UnsetType = UNSET
     name: ShortText | UnsetType = UNSET
     unit_price: MinorUnits | UnsetType = UNSET
-    tax_rate_bp: Annotated[int, Meta(ge=0, le=10_000)] | UnsetType = UNSET
+    tax_rate_bp: Annotated[int, Meta(ge=0, le=10_000, description="basis points: 1800 is 18 %")] | UnsetType = UNSET
 
 
 class Line(View):
     line_id: str
     name: str
     quantity: int
-    unit_price: int
-    discount: int
-    tax_rate_bp: int
-    tax: int
-    total: int
-    returned: int
-    refunded: int
+    unit_price: Amount
+    discount: Amount
+    tax_rate_bp: Annotated[int, Meta(description="basis points: 1800 is 18 %")]
+    tax: Amount
+    total: Amount
+    returned: Annotated[int, Meta(description="how many of the quantity came back")]
+    refunded: Amount
     sku: str | None = None
 
 
@@ -201,25 +217,30 @@ class TrackedLine(View):
 class Totals(View):
     """Minor units. total = items - discount + delivery + tax + rounding."""
 
-    items: int
-    discount: int
-    delivery: int
-    tax: int
-    rounding: int
-    total: int
+    items: Amount
+    discount: Amount
+    delivery: Amount
+    tax: Amount
+    rounding: Amount
+    total: Amount
+
+
+PaymentState = Annotated[
+    str, Meta(description="unpaid, processing, partially_paid, paid, partially_refunded or refunded")
+]
 
 
 class PaymentSummary(View):
     method: PaymentMethod
-    status: str
-    due: int
-    paid: int
-    refunded: int
+    status: PaymentState
+    due: Amount
+    paid: Amount
+    refunded: Amount
 
 
 class TrackedPayment(View):
     method: PaymentMethod
-    status: str
+    status: PaymentState
 
 
 class Agent(View):
@@ -235,34 +256,36 @@ class TrackedAgent(View):
 class TrackedOrder(View):
     """The order as a guest with scope `track` sees it: no people, no address, no notes, no amounts."""
 
-    id: str
-    number: str
+    id: UuidText
+    number: Annotated[str, Meta(description="short and unique, for people")]
     fulfilment: Fulfilment
     status: Status
-    seq: int
-    currency: str
+    seq: Annotated[int, Meta(description="number of the last event")]
+    currency: Annotated[str, Meta(description="ISO 4217")]
     items: list[TrackedLine]
     payment: TrackedPayment
-    created_at: str
-    updated_at: str
+    created_at: Time
+    updated_at: Time
     reference: str | None = None
     agent: TrackedAgent | None = None
 
 
 class Order(View):
-    """The order as the contract shows it. It also judges its own moves and applies its own events."""
+    """An order as its customer, its agent and the back office see it."""
 
-    id: str
-    number: str
+    # It also judges its own moves and applies its own events.
+
+    id: UuidText
+    number: Annotated[str, Meta(description="short and unique, for people")]
     fulfilment: Fulfilment
     status: Status
-    seq: int
-    currency: str
+    seq: Annotated[int, Meta(description="number of the last event")]
+    currency: Annotated[str, Meta(description="ISO 4217")]
     items: list[Line]
     totals: Totals
     payment: PaymentSummary
-    created_at: str
-    updated_at: str
+    created_at: Time
+    updated_at: Time
     reference: str | None = None
     customer_id: str | None = None
     status_reason: str | None = None

@@ -272,16 +272,25 @@ async def list_orders(tx: Tx, actor: Actor, cmd: ListOrders) -> OrderPage:
     for name in ("status", "customer_id", "agent_id", "reference"):
         if (wanted := getattr(cmd, name)) is not UNSET:
             query = query.where(o.c[name] == wanted)
-    for bound, compare in ((cmd.from_, o.c.created_at.__ge__), (cmd.to, o.c.created_at.__lt__)):
-        if isinstance(bound, dt.datetime):
-            if bound.tzinfo is None:
-                raise Invalid("A time needs its offset, as in 2026-11-21T00:00:00Z.", "/from")
-            query = query.where(compare(bound))
+    if isinstance(cmd.from_, dt.datetime):
+        query = query.where(o.c.created_at >= _instant(cmd.from_, "/from"))
+    if isinstance(cmd.to, dt.datetime):
+        query = query.where(o.c.created_at < _instant(cmd.to, "/to"))
     if isinstance(cmd.cursor, str):
         query = query.where(tuple_(o.c.created_at, o.c.id) < tuple_(*_decode_cursor(cmd.cursor)))
     rows = await tx.select(query.order_by(o.c.created_at.desc(), o.c.id.desc()).limit(cmd.limit + 1))
     page = rows[: cmd.limit]
     return OrderPage([from_row(row) for row in page], _encode_cursor(page[-1]) if len(rows) > cmd.limit else None)
+
+
+def _instant(at: dt.datetime, pointer: str) -> dt.datetime:
+    """`at` in UTC. Raises Invalid: without its offset it is no instant, or Postgres' calendar does not know it."""
+    if at.tzinfo is None:
+        raise Invalid("A time needs its offset, as in 2026-11-21T00:00:00Z.", pointer)
+    try:
+        return at.astimezone(dt.UTC)
+    except OverflowError:
+        raise Invalid("This time is out of range.", pointer) from None
 
 
 def _encode_cursor(row: Row) -> str:
@@ -291,8 +300,8 @@ def _encode_cursor(row: Row) -> str:
 def _decode_cursor(cursor: str) -> tuple[dt.datetime, uuid.UUID]:
     try:
         at, _, order_id = base64.urlsafe_b64decode(cursor.encode("ascii")).partition(b"|")
-        return dt.datetime.fromisoformat(at.decode("ascii")), uuid.UUID(bytes=order_id)
-    except (ValueError, binascii.Error):
+        return _instant(dt.datetime.fromisoformat(at.decode("ascii")), "/cursor"), uuid.UUID(bytes=order_id)
+    except (ValueError, binascii.Error, Invalid):
         raise Invalid("This cursor is not one of ours; start again without it.", "/cursor") from None
 
 

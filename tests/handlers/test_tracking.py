@@ -1,0 +1,76 @@
+"""What watchers read: the events after a number, the snapshot, and what several orders missed, in one query."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import uuid
+
+from handlers import orders, tracking
+from models.user import Scope
+from tests.handlers.desk import CUSTOMER, SERVICE, Desk, guest
+from tests.handlers.test_place import pointer
+
+
+async def test_events_are_whole_oldest_first_and_end_at_the_top(desk: Desk) -> None:
+    order = await desk.place()
+    await desk.move(order.id, "confirmed", "preparing", "ready", "out_for_delivery", "delivered")
+    log = await desk.log(order.id)
+    assert [one.type for one in log] == [
+        *["orderStatusUpdate"] * 5,
+        "orderOutForDelivery",
+        "orderStatusUpdate",
+        "orderDelivered",
+    ]
+    for after in range(len(log) + 1):
+        timeline = await desk.do(orders.events, CUSTOMER, order.id, after)
+        assert (list(timeline.events), timeline.seq) == (log[after:], len(log))
+        snapshot = await desk.do(tracking.snapshot, CUSTOMER, order.id, after)
+        assert (list(snapshot.events), snapshot.order.seq) == (log[after:], len(log))
+        await desk.do(tracking.permit, CUSTOMER, order.id, after)
+
+
+async def test_a_number_above_the_top_is_invalid(desk: Desk) -> None:
+    order = await desk.place()
+    for by, after in itertools.product((CUSTOMER, guest(order.id, Scope.TRACK)), (2, 3, 2**31 - 1)):
+        assert pointer(await desk.refused(orders.events, by, order.id, after)) == "/after"
+        assert pointer(await desk.refused(tracking.permit, by, order.id, after)) == "/afterSeq"
+
+
+async def test_a_stranger_does_not_learn_where_the_top_is(desk: Desk) -> None:
+    order = await desk.place()
+    stranger = guest(str(uuid.uuid4()), Scope.TRACK)
+    assert (await desk.refused(orders.events, stranger, order.id, 99)).code == "not_found"
+    assert (await desk.refused(tracking.permit, stranger, order.id, 99)).code == "not_found"
+
+
+async def test_a_subscriber_who_names_no_number_gets_no_events(desk: Desk) -> None:
+    order = await desk.place()
+    snapshot = await desk.do(tracking.snapshot, CUSTOMER, order.id, None)
+    assert (list(snapshot.events), snapshot.order) == ([], order)
+
+
+async def test_what_many_orders_missed_is_one_answer(desk: Desk) -> None:
+    dice = random.Random(3)
+    placed = [await desk.place() for _ in range(12)]
+    for order in placed:
+        await desk.move(order.id, *["confirmed", "preparing", "ready"][: dice.randint(1, 3)])
+        if dice.random() < 0.5:
+            await desk.assign(order.id, "a1")
+    logs = {order.id: await desk.log(order.id) for order in placed}
+    tops = {order_id: dice.randint(0, len(log)) for order_id, log in logs.items()}
+    nowhere = str(uuid.uuid4())
+    missed = await desk.do(tracking.missed, {**tops, nowhere: 0})
+    assert missed == {key: log[tops[key] :] for key, log in logs.items() if log[tops[key] :]}
+    assert await desk.do(tracking.missed, {}) == {}
+    assert await desk.do(tracking.missed, {key: len(log) for key, log in logs.items()}) == {}
+    assert await desk.do(tracking.missed, {key: 2**31 - 1 for key in logs}) == {}
+
+
+async def test_an_order_says_the_same_on_every_way_to_it(desk: Desk) -> None:
+    order = await desk.place()
+    await desk.assign(order.id, "a1", agentName="Asha Rao")
+    read = await desk.do(orders.read, SERVICE, order.id)
+    listed = await desk.do(orders.list_orders, SERVICE, orders.ListOrders())
+    snapshot = await desk.do(tracking.snapshot, SERVICE, order.id, None)
+    assert read == snapshot.order == listed.items[0] == (await desk.orders())[order.id]

@@ -10,7 +10,8 @@ import base64
 import binascii
 import datetime as dt
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -50,6 +51,9 @@ T = TypeVar("T")
 
 LINES_MAX = 200
 """Most lines of one order."""
+
+EXPORT_PAGE = 200
+"""Orders that an export reads at once."""
 
 MOVE_ATTEMPTS = 3
 """A guard that refuses and a read that finds nothing wrong mean that the order moved in between: look again."""
@@ -240,8 +244,8 @@ async def _read(tx: Tx, actor: Actor, order_id: str) -> Order:
     return from_row(row)
 
 
-class ListOrders(Strict):
-    """Filters of the list; `from` and `to` are a half-open range of `createdAt`."""
+class OrderFilters(Strict):
+    """Which orders; `from` and `to` are a half-open range of `createdAt`."""
 
     status: Status | UnsetType = UNSET
     customer_id: Id | UnsetType = UNSET
@@ -249,6 +253,11 @@ class ListOrders(Strict):
     reference: ShortText | UnsetType = UNSET
     from_: dt.datetime | UnsetType = msgspec.field(default=UNSET, name="from")
     to: dt.datetime | UnsetType = UNSET
+
+
+class ListOrders(OrderFilters):
+    """A page of them."""
+
     limit: Annotated[int, Meta(ge=1, le=200)] = 50
     cursor: Annotated[str, Meta(max_length=200)] | UnsetType = UNSET
 
@@ -281,6 +290,20 @@ async def list_orders(tx: Tx, actor: Actor, cmd: ListOrders) -> OrderPage:
     rows = await tx.select(query.order_by(o.c.created_at.desc(), o.c.id.desc()).limit(cmd.limit + 1))
     page = rows[: cmd.limit]
     return OrderPage([from_row(row) for row in page], _encode_cursor(page[-1]) if len(rows) > cmd.limit else None)
+
+
+async def export_orders(
+    statement: Callable[[], AbstractAsyncContextManager[Tx]], actor: Actor, cmd: OrderFilters
+) -> AsyncIterator[list[Order]]:
+    """All pages of the list, newest first. Each is a transaction of its own: nothing is open while a page is sent."""
+    page = ListOrders(**msgspec.structs.asdict(cmd), limit=EXPORT_PAGE)
+    while True:
+        async with statement() as tx:
+            found = await list_orders(tx, actor, page)
+        yield found.items
+        if found.next_cursor is None:
+            return
+        page = msgspec.structs.replace(page, cursor=found.next_cursor)
 
 
 def _instant(at: dt.datetime, pointer: str) -> dt.datetime:

@@ -33,7 +33,7 @@ from models.errors import (
 from models.order import Order, TrackedOrder
 from models.position import Position
 from models.user import Actor, Role, Scope
-from server import metrics
+from server import csv_export, metrics
 from server.auth import Authenticator, bearer, secret_digest
 from server.doors import Answer, Doors, Verb, convert, decode
 from server.locations import Locations
@@ -88,6 +88,10 @@ class Rest:
     async def list_orders(self, call: Call) -> web.Response:
         async with self._doors.database.statement() as tx:
             return answer(await orders.list_orders(tx, call.actor, call.command))
+
+    async def export_orders(self, call: Call) -> web.Response:
+        pages = orders.export_orders(self._doors.database.statement, call.actor, call.command)
+        return await csv_export.answer("orders.csv", Order, pages)
 
     async def read(self, call: Call) -> web.Response:
         async with self._doors.database.statement() as tx:
@@ -255,6 +259,8 @@ class Route(NamedTuple):
     status: int = 200
     refuses: tuple[type[Refused], ...] = ()
     public: bool = False
+    media: str = "application/json"
+    """What the answer is written in; as text/csv, `gives` is what one row shows."""
 
 
 PLACE = Verb("place", orders.place, status=201)
@@ -267,6 +273,15 @@ ROUTES = [
     Route("POST", "/orders", PLACE, "Place an order", orders.Place, Order, 201, (Conflict,)),
     Route("POST", "/orders/quote", QUOTE, "What placing it would cost; changes nothing", orders.Place, orders.Quote),
     Route("GET", "/orders", Rest.list_orders, "The orders you see, newest first", orders.ListOrders, orders.OrderPage),
+    Route(
+        "GET",
+        "/orders.csv",
+        Rest.export_orders,
+        "The same orders as a file for spreadsheets",
+        orders.OrderFilters,
+        Order,
+        media=csv_export.MEDIA,
+    ),
     Route("GET", "/orders/{order_id}", Rest.read, "One order", None, Order | TrackedOrder, 200, (NotFound,)),
     Route("GET", "/orders/{order_id}/events", Rest.events, "Its events", ReadEvents, EventList, 200, (NotFound,)),
     Route(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import uuid
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -19,7 +19,9 @@ from models.user import BACK_OFFICE, Actor, Role, Scope
 
 
 class CreateLink(Strict):
-    ttl_s: Annotated[int, Meta(ge=1)] | UnsetType = UNSET
+    SCHEMA: ClassVar[dict[str, Any]] = {"examples": [{"ttlS": 86400}]}
+
+    ttl_s: Annotated[int, Meta(ge=1, description="life in seconds, LINK_TTL_MAX_S at most")] | UnsetType = UNSET
 
 
 class Link(View):

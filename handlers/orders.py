@@ -12,7 +12,7 @@ import datetime as dt
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -21,9 +21,10 @@ from sqlalchemy import Text, literal_column, select, tuple_
 from handlers.context import Row, Tx
 from handlers.ports import Positions
 from models.address import Address, Billing, Contact
-from models.base import Id, LongText, Reason, Reference, ShortText, Strict, View, rfc3339
+from models.base import Id, Later, LongText, Reason, Reference, ShortText, Strict, View, rfc3339
 from models.errors import Conflict, Invalid, NotFound
 from models.event import Event, Type, event
+from models.money import EXPONENTS
 from models.order import (
     FINAL,
     Agent,
@@ -82,8 +83,32 @@ def order_uuid(order_id: str) -> uuid.UUID:
 
 
 class Place(Strict):
+    SCHEMA: ClassVar[dict[str, Any]] = {
+        "required": ["fulfilment", "currency", "items"],
+        "examples": [
+            {
+                "reference": "SO-1042",
+                "customerId": "c1",
+                "fulfilment": "delivery",
+                "currency": "INR",
+                "items": [{"name": "Masala dosa", "quantity": 2, "unitPrice": 12000, "taxRateBp": 500}],
+                "deliveryAddress": {
+                    "line1": "12 MG Road",
+                    "city": "Bengaluru",
+                    "postalCode": "560001",
+                    "country": "IN",
+                },
+                "contact": {"name": "Meera", "phone": "+919000090000"},
+                "paymentMethod": "cash",
+                "notes": "Ring twice",
+            }
+        ],
+    }
+
     fulfilment: Fulfilment
-    currency: Annotated[str, Meta(min_length=3, max_length=3)]
+    currency: Annotated[
+        str, Meta(min_length=3, max_length=3, description="ISO 4217", extra_json_schema={"enum": sorted(EXPONENTS)})
+    ]
     items: Annotated[list[AskedItem], Meta(min_length=1, max_length=LINES_MAX)] | UnsetType = UNSET
     customer_id: Id | UnsetType = UNSET
     reference: Reference | UnsetType = UNSET
@@ -94,11 +119,11 @@ class Place(Strict):
     table: ShortText | UnsetType = UNSET
     notes: LongText | UnsetType = UNSET
     # known to the contract, not to this version: see `_refuse_what_needs_stock`
-    cart_id: Id | UnsetType = UNSET
-    address_id: Id | UnsetType = UNSET
-    coupon_code: ShortText | UnsetType = UNSET
-    prescription_upload_id: Id | UnsetType = UNSET
-    expected_total: int | UnsetType = UNSET
+    cart_id: Annotated[Id, Later] | UnsetType = UNSET
+    address_id: Annotated[Id, Later] | UnsetType = UNSET
+    coupon_code: Annotated[ShortText, Later] | UnsetType = UNSET
+    prescription_upload_id: Annotated[Id, Later] | UnsetType = UNSET
+    expected_total: Annotated[int, Later] | UnsetType = UNSET
 
 
 class Quote(View):
@@ -244,6 +269,9 @@ async def _read(tx: Tx, actor: Actor, order_id: str) -> Order:
     return from_row(row)
 
 
+Instant = Annotated[dt.datetime, Meta(tz=True)]
+
+
 class OrderFilters(Strict):
     """Which orders; `from` and `to` are a half-open range of `createdAt`."""
 
@@ -251,8 +279,8 @@ class OrderFilters(Strict):
     customer_id: Id | UnsetType = UNSET
     agent_id: Id | UnsetType = UNSET
     reference: ShortText | UnsetType = UNSET
-    from_: dt.datetime | UnsetType = msgspec.field(default=UNSET, name="from")
-    to: dt.datetime | UnsetType = UNSET
+    from_: Instant | UnsetType = msgspec.field(default=UNSET, name="from")
+    to: Instant | UnsetType = UNSET
 
 
 class ListOrders(OrderFilters):
@@ -264,7 +292,7 @@ class ListOrders(OrderFilters):
 
 class OrderPage(msgspec.Struct, frozen=True, rename="camel"):
     items: list[Order]
-    next_cursor: str | None
+    next_cursor: Annotated[str | None, Meta(description="`cursor` of the next page; null on the last one")]
 
 
 async def list_orders(tx: Tx, actor: Actor, cmd: ListOrders) -> OrderPage:
@@ -366,12 +394,18 @@ class Override(Strict):
 
 
 class ChangeStatus(Strict):
+    SCHEMA: ClassVar[dict[str, Any]] = {"examples": [{"status": "preparing", "note": "20 minutes"}]}
+
     status: Status
     note: Reason | UnsetType = UNSET
-    override: Override | UnsetType = UNSET
+    override: (
+        Annotated[Override, Meta(description="staff only: deliver although the cash was not paid")] | UnsetType
+    ) = UNSET
 
 
 class Cancel(Strict):
+    SCHEMA: ClassVar[dict[str, Any]] = {"examples": [{"reason": "Ordered twice"}]}
+
     reason: Reason
 
 
@@ -458,7 +492,11 @@ async def _move(tx: Tx, actor: Actor, order_id: str, target: Status, note: str |
 
 
 class Assign(Strict):
-    agent_id: Id | None
+    SCHEMA: ClassVar[dict[str, Any]] = {
+        "examples": [{"agentId": "rider-7", "agentName": "Ravi Kumar", "vehicle": "KA 01 AB 1234"}, {"agentId": None}]
+    }
+
+    agent_id: Annotated[Id | None, Meta(description="null takes the order from its agent")]
     agent_name: ShortText | UnsetType = UNSET
     vehicle: ShortText | UnsetType = UNSET
 

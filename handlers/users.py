@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any, ClassVar
+
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
 from handlers.context import Tx
 from models.base import Id, Strict
@@ -13,8 +15,15 @@ from models.user import Actor, Role
 
 
 class Revoke(Strict):
-    jti: Id | UnsetType = UNSET
-    sub: Id | UnsetType = UNSET
+    """Either of the two."""
+
+    SCHEMA: ClassVar[dict[str, Any]] = {
+        "oneOf": [{"required": ["jti"]}, {"required": ["sub"]}],
+        "examples": [{"sub": "c1"}],
+    }
+
+    jti: Annotated[Id, Meta(description="one token, or one link")] | UnsetType = UNSET
+    sub: Annotated[Id, Meta(description="every token that this person was given until now")] | UnsetType = UNSET
 
 
 class Revoked(msgspec.Struct, frozen=True):

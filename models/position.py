@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta
@@ -42,6 +42,11 @@ class Position(msgspec.Struct, kw_only=True):
 
     Unknown members are ignored and null is absent: phones and browsers send more than we need.
     """
+
+    SCHEMA: ClassVar[dict[str, Any]] = {
+        "not": {"required": ["positions"]},  # that is a batch
+        "examples": [{"lat": 12.9716, "lng": 77.5946, "ts": 1795253400000, "accuracy": 8, "speed": 6.4}],
+    }
 
     lat: Latitude
     lng: Longitude

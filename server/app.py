@@ -14,22 +14,25 @@ import structlog
 from aiohttp import web
 
 from handlers import users
-from models.errors import Unavailable
+from models.errors import Forbidden, Unavailable
 from server import metrics, migrate
 from server.auth import Authenticator
 from server.db import Database
 from server.docs import show_docs
 from server.doors import FORGET, Doors
+from server.edges import Edges
 from server.health import Health
+from server.limits import SPEND, Limits
 from server.locations import Locations
 from server.outbox import CONTROL, Outbox, order_channel
 from server.pages import Pages
 from server.pages import Pages
 from server.realtime.bus import Bus
 from server.realtime.positions import SHOW, PositionLane
-from server.rest import Rest, add_routes, edge, problem
+from server.rest import Rest, add_routes, edge
 from server.settings import CannotStart, Settings
 from server.sockets import Sockets
+from server.timeouts import Site
 from server.workers.relay import Relay
 from server.workers.trail import Trail
 
@@ -69,7 +72,7 @@ class Process:
             redis_url,
             timeout_s=settings.redis_timeout_ms / 1000,
             ping_interval_s=settings.bus_ping_interval_ms / 1000,
-            scripts=[SHOW],
+            scripts=[SHOW, SPEND],
             on_message=self._on_message,
             on_change=self._on_bus_change,
         )
@@ -90,13 +93,16 @@ class Process:
         )
         self.locations = Locations(settings, self.database, self.bus, lane, self.trail)
         doors = Doors(self.database, self.outbox, lane)
-        self.sockets = Sockets(settings, doors, self.authenticator, self.bus, lane, self.locations)
+        self.edges = Edges(settings)
+        self.limits = Limits(settings, self.bus, self.edges)
+        self.sockets = Sockets(settings, doors, self.authenticator, self.bus, lane, self.locations, self.limits)
         self.rest = Rest(
             settings,
             doors,
             self.authenticator,
             self.sockets,
             self.locations,
+            self.limits,
             self._revoked_here,
             lambda: self.health.revocations.is_set(),
         )
@@ -256,7 +262,11 @@ class Process:
     # listening
 
     async def _listen(self) -> None:
-        app = web.Application(middlewares=[edge], client_max_size=self.settings.body_max_bytes)
+        app = web.Application(
+            middlewares=[edge, self.edges.middleware], client_max_size=self.settings.body_max_bytes
+        )
+        app.on_response_prepare.append(self.edges.on_prepare)
+        app.on_response_prepare.append(self.limits.on_prepare)
         app.router.add_get("/health/live", self.health.live)
         app.router.add_get("/health/ready", self.health.show_ready)
         app.router.add_get("/metrics", self.health.show_metrics)
@@ -271,7 +281,7 @@ class Process:
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5.0)
         await self._runner.setup()
         listener = self._bind()
-        await web.SockSite(self._runner, listener, backlog=4096).start()
+        await Site(self._runner, listener, self.settings).start()
         self.port = listener.getsockname()[1]
         if not self.rest.public_url:
             self.rest.public_url = f"http://localhost:{self.port}"
@@ -296,8 +306,15 @@ class Process:
         raise CannotStart(f"Ports {DEFAULT_PORT} to {candidate} are all taken: set PORT to a free one.")
 
     async def _socket(self, request: web.Request) -> web.StreamResponse:
-        if "sid" not in request.query and (self.health.draining or not self.health.revocations.is_set()):
-            return problem(Unavailable("This instance takes no new connections now."), "")
+        if not self.edges.welcomes(request):
+            raise Forbidden("Pages of this origin may not connect: it is not one of CORS_ORIGINS.")
+        session_id = request.query.get("sid")
+        if not session_id:
+            if self.health.draining or not self.health.revocations.is_set():
+                raise Unavailable("This instance takes no new connections now.")
+            await self.limits.handshake(request)
+        elif session_id not in self.sockets.engine.eio.sockets:
+            await self.limits.stranger(request)
         response: web.StreamResponse = await self.sockets.engine.handle_request(request)
         return response
 

@@ -21,6 +21,13 @@ positions = Counter("waybill_positions_total", "Positions received from agents."
 trail_stored = Counter("waybill_trail_stored_total", "Positions written to the trail.")
 trail_dropped = Counter("waybill_trail_dropped_total", "Positions that the trail had no room for.")
 gaps_filled = Counter("waybill_gap_events_total", "Order events that were read from the table instead of the bus.")
+rate_limited = Counter("waybill_rate_limited_total", "Requests, events and handshakes over a rate.", ["rate"])
+rates_not_counted = Counter(
+    "waybill_rates_not_counted_total", "Let through uncounted, because Redis was away, late or in error.", ["why"]
+)
+connections_cut = Counter(
+    "waybill_connections_cut_total", "Connections that were closed because the client took too long.", ["why"]
+)
 bus_up = Gauge("waybill_bus_up", "1 while Redis answers.")
 bus_losses = Counter("waybill_bus_losses_total", "How often Redis was lost.")
 database_up = Gauge("waybill_database_up", "1 while Postgres answers.")

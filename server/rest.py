@@ -7,7 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import msgspec
 import structlog
@@ -16,9 +16,10 @@ from msgspec import Meta
 
 from handlers import links, orders, users
 from handlers.context import Tx
-from models.base import rfc3339
+from models.base import Time, UuidText, rfc3339
 from models.errors import (
     Conflict,
+    Forbidden,
     IllegalMove,
     LinkExpired,
     Malformed,
@@ -38,7 +39,7 @@ from server.auth import Authenticator, bearer, secret_digest
 from server.doors import Answer, Doors, Verb, convert, decode
 from server.locations import Locations
 from server.settings import Settings
-from server.sockets import CHANGE_STATUS, Sockets, ToldEvent, listed
+from server.sockets import CHANGE_STATUS, NextInterval, Sockets, ToldEvent, listed
 
 log = structlog.get_logger()
 
@@ -208,42 +209,48 @@ class ReadEvents(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class EventList(msgspec.Struct):
+    """Whole, oldest first."""
+
     events: list[ToldEvent]
-    seq: int
+    seq: Annotated[int, Meta(description="number of the order's last event")]
 
 
 class FollowLink(msgspec.Struct, forbid_unknown_fields=True):
-    secret: Annotated[str, Meta(min_length=1, max_length=200)]
+    secret: Annotated[str, Meta(min_length=1, max_length=200, description="what follows /track/ in the link's url")]
 
 
 class FollowedLink(msgspec.Struct, rename="camel"):
-    token: str
-    order_id: str
+    token: Annotated[str, Meta(description="a bearer token, a JWT")]
+    order_id: UuidText
     scope: Scope
-    expires_at: str
+    expires_at: Time
 
 
 class CreatedLink(msgspec.Struct, rename="camel"):
-    id: str
-    url: str
-    token: str
+    id: UuidText
+    url: Annotated[str, Meta(description="for people: opens the tracking page")]
+    token: Annotated[str, Meta(description="for programs: a bearer token, a JWT")]
     scope: Scope
-    expires_at: str
+    expires_at: Time
 
 
 class PositionBatch(msgspec.Struct):
+    """Positions that were kept while there was no network, each judged by itself."""
+
+    SCHEMA: ClassVar[dict[str, Any]] = {"examples": [{"positions": [*Position.SCHEMA["examples"]]}]}
+
     positions: Annotated[list[Position], Meta(min_length=1)]
 
 
 class RefusedPosition(msgspec.Struct):
-    index: int
-    code: str
+    index: Annotated[int, Meta(description="place in the batch, from 0")]
+    code: Annotated[str, Meta(description="stale, future, inaccurate or jump")]
 
 
 class Located(msgspec.Struct, rename="camel"):
     accepted: int
     refused: list[RefusedPosition]
-    next_interval_ms: int
+    next_interval_ms: NextInterval
 
 
 class Route(NamedTuple):
@@ -259,6 +266,10 @@ class Route(NamedTuple):
     status: int = 200
     refuses: tuple[type[Refused], ...] = ()
     public: bool = False
+    body: Any = None
+    """The body for the documents, where the route reads it itself and `takes` is wider."""
+    keyless: bool = False
+    """An Idempotency-Key changes nothing here."""
     media: str = "application/json"
     """What the answer is written in; as text/csv, `gives` is what one row shows."""
 
@@ -270,9 +281,27 @@ ASSIGN = Verb("assign", orders.assign, before=orders.before_assign)
 REVOKE = Verb("revoke", users.revoke)
 
 ROUTES = [
-    Route("POST", "/orders", PLACE, "Place an order", orders.Place, Order, 201, (Conflict,)),
-    Route("POST", "/orders/quote", QUOTE, "What placing it would cost; changes nothing", orders.Place, orders.Quote),
-    Route("GET", "/orders", Rest.list_orders, "The orders you see, newest first", orders.ListOrders, orders.OrderPage),
+    Route("POST", "/orders", PLACE, "Place an order", orders.Place, Order, 201, (Forbidden, Conflict)),
+    Route(
+        "POST",
+        "/orders/quote",
+        QUOTE,
+        "What placing it would cost; changes nothing",
+        orders.Place,
+        orders.Quote,
+        200,
+        (Forbidden,),
+    ),
+    Route(
+        "GET",
+        "/orders",
+        Rest.list_orders,
+        "The orders you see, newest first",
+        orders.ListOrders,
+        orders.OrderPage,
+        200,
+        (Forbidden,),
+    ),
     Route(
         "GET",
         "/orders.csv",
@@ -280,6 +309,8 @@ ROUTES = [
         "The same orders as a file for spreadsheets",
         orders.OrderFilters,
         Order,
+        200,
+        (Forbidden,),
         media=csv_export.MEDIA,
     ),
     Route("GET", "/orders/{order_id}", Rest.read, "One order", None, Order | TrackedOrder, 200, (NotFound,)),
@@ -292,7 +323,7 @@ ROUTES = [
         orders.ChangeStatus,
         Order,
         200,
-        (NotFound, IllegalMove, PaymentRequired, Conflict),
+        (Forbidden, NotFound, IllegalMove, PaymentRequired, Conflict),
     ),
     Route(
         "POST",
@@ -302,7 +333,7 @@ ROUTES = [
         orders.Assign,
         Order,
         200,
-        (NotFound, OrderClosed, Conflict),
+        (Forbidden, NotFound, OrderClosed, Conflict),
     ),
     Route(
         "POST",
@@ -312,7 +343,7 @@ ROUTES = [
         orders.Cancel,
         Order,
         200,
-        (NotFound, IllegalMove, Conflict),
+        (Forbidden, NotFound, IllegalMove, Conflict),
     ),
     Route(
         "POST",
@@ -322,7 +353,9 @@ ROUTES = [
         dict[str, Any],
         Located,
         200,
-        (NotFound, OrderClosed),
+        (Forbidden, NotFound, OrderClosed),
+        body=Position | PositionBatch,
+        keyless=True,
     ),
     Route(
         "POST",
@@ -332,9 +365,18 @@ ROUTES = [
         links.CreateLink,
         CreatedLink,
         201,
-        (NotFound, Conflict),
+        (Forbidden, NotFound, Conflict),
     ),
-    Route("DELETE", "/orders/{order_id}/links/{link_id}", Rest.end_link, "End a link", None, None, 204, (NotFound,)),
+    Route(
+        "DELETE",
+        "/orders/{order_id}/links/{link_id}",
+        Rest.end_link,
+        "End a link, and with it every token that it was exchanged for",
+        None,
+        None,
+        204,
+        (Forbidden, NotFound),
+    ),
     Route(
         "POST",
         "/links/follow",
@@ -345,8 +387,18 @@ ROUTES = [
         200,
         (NotFound, LinkExpired),
         public=True,
+        keyless=True,
     ),
-    Route("POST", "/tokens/revoke", Rest.revoke, "End a token, or all tokens of somebody", users.Revoke, None, 204),
+    Route(
+        "POST",
+        "/tokens/revoke",
+        Rest.revoke,
+        "End a token, or all tokens of somebody",
+        users.Revoke,
+        None,
+        204,
+        (Forbidden,),
+    ),
 ]
 
 
@@ -392,10 +444,15 @@ def query(request: web.Request, type_: type[Any]) -> Any:
     return convert(dict(given), type_, strict=False)
 
 
+def error_page(kind: type[Refused]) -> str:
+    """Where the refusal is explained: the `type` of its problem."""
+    return f"/docs#error-{kind.code}"
+
+
 def problem(refusal: Refused, request_id: str) -> web.Response:
     """A refusal as RFC 9457 says it."""
     body = {
-        "type": f"/docs#error-{refusal.code}",
+        "type": error_page(type(refusal)),
         "title": refusal.title,
         "status": refusal.status,
         "detail": refusal.detail,
@@ -417,7 +474,7 @@ class _Broken(Refused):
     code, status, title = "internal", 500, "This failed on our side"
 
 
-class _MethodNotAllowed(Refused):
+class MethodNotAllowed(Refused):
     code, status, title = "not_found", 405, "The method is not supported here"
 
 
@@ -436,7 +493,7 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     except Refused as refusal:
         response = problem(refusal, request_id)
     except web.HTTPMethodNotAllowed as error:
-        response = problem(_MethodNotAllowed(f"Use {', '.join(sorted(error.allowed_methods))}."), request_id)
+        response = problem(MethodNotAllowed(f"Use {', '.join(sorted(error.allowed_methods))}."), request_id)
         response.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
     except web.HTTPNotFound:
         response = problem(NotFound("There is nothing at this address; GET /docs lists the routes."), request_id)

@@ -254,7 +254,7 @@ def origins(text: str) -> frozenset[str]:
     found = frozenset(filter(None, map(str.strip, text.split(","))))
     for one in found - {"*"}:
         parts = urlsplit(one)
-        if parts.scheme not in ("http", "https") or not parts.hostname or f"{parts.scheme}://{parts.netloc}" != one:
+        if not parts.scheme or not parts.hostname or f"{parts.scheme}://{parts.netloc}".lower() != one.lower():
             raise CannotStart(
                 f"CORS_ORIGINS holds {one!r}: write origins such as https://shop.example, without a path, with commas "
                 "between; or * for all."

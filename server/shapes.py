@@ -8,7 +8,6 @@ handed on as it is (`Holds`), and members of the schema that no field tells (`SC
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from functools import reduce
 from operator import or_
 from types import UnionType
@@ -49,6 +48,10 @@ class Shapes:
 
     def schema(self, number: int) -> JsonSchema:
         return self._made[number]
+
+    def component(self, number: int) -> str:
+        """Name of the component that `schema(number)` refers to."""
+        return component_of(self._made[number])
 
     def _choice(self, type_: type) -> JsonSchema:
         return {"anyOf": [{"$ref": REF.format(name=one.__name__)} for one in self._choices[type_]]}
@@ -129,13 +132,7 @@ def _portable(schema: Any) -> Any:
     return [_portable(one) for one in schema] if isinstance(schema, list) else schema
 
 
-def refs(schema: Any) -> Iterable[str]:
-    """Names of the components that a schema refers to."""
-    if isinstance(schema, dict):
-        if "$ref" in schema:
-            yield schema["$ref"].rsplit("/", 1)[1]
-        for value in schema.values():
-            yield from refs(value)
-    elif isinstance(schema, list):
-        for value in schema:
-            yield from refs(value)
+def component_of(schema: JsonSchema) -> str:
+    """Name of the component that the schema refers to."""
+    name: str = schema["$ref"].rsplit("/", 1)[1]
+    return name

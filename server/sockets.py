@@ -17,10 +17,18 @@ import structlog
 from msgspec import UNSET, Meta, UnsetType
 
 from handlers import orders, tracking
-from models.base import Id, Reason, rfc3339
+from models.base import Holds, Id, Reason, Time, rfc3339
 from models.errors import Forbidden, Invalid, Malformed, NotFound, RateLimited, Refused, Unavailable
 from models.event import Event, Type
-from models.message import ServerDraining, SubscriptionClosed, TokenExpiring
+from models.message import (
+    DURABLE,
+    DurableEvent,
+    OrderLocationUpdate,
+    Seq,
+    ServerDraining,
+    SubscriptionClosed,
+    TokenExpiring,
+)
 from models.order import FINAL, Order, Status, TrackedOrder
 from models.position import Position
 from models.user import Actor, Role
@@ -73,13 +81,16 @@ class UpdateLocation(Position, kw_only=True, rename="camel"):
     order_id: Id
 
 
+NextInterval = Annotated[int, Meta(description="milliseconds after which the next position is wanted")]
+
+
 class ToldEvent(msgspec.Struct, frozen=True):
     """An event as an entry of a list: its payload under `data`."""
 
-    type: str
-    seq: int
-    at: str
-    data: msgspec.Raw
+    type: Annotated[str, Meta(extra_json_schema={"enum": list(DURABLE)})]
+    seq: Seq
+    at: Time
+    data: Annotated[msgspec.Raw, Holds(DurableEvent)]
 
 
 class Subscribed(msgspec.Struct, frozen=True):
@@ -88,7 +99,7 @@ class Subscribed(msgspec.Struct, frozen=True):
     ok: Literal[True]
     seq: int
     order: Order | TrackedOrder
-    location: msgspec.Raw | None
+    location: Annotated[msgspec.Raw | None, Holds(OrderLocationUpdate | None)]
     events: list[ToldEvent]
 
 
@@ -98,7 +109,7 @@ class Done(msgspec.Struct, frozen=True):
 
 class LocationTaken(msgspec.Struct, frozen=True, rename="camel"):
     ok: Literal[True]
-    next_interval_ms: int
+    next_interval_ms: NextInterval
 
 
 class StatusChanged(msgspec.Struct, frozen=True):
@@ -110,7 +121,7 @@ class StatusChanged(msgspec.Struct, frozen=True):
 
 class TokenRefreshed(msgspec.Struct, frozen=True, rename="camel"):
     ok: Literal[True]
-    expires_at: str
+    expires_at: Time
 
 
 class _Top(msgspec.Struct, frozen=True):

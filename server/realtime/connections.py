@@ -45,6 +45,11 @@ class Connection:
     def gone(self) -> bool:
         return bool(self.socket.closed or self.socket.closing)
 
+    @property
+    def unread(self) -> int:
+        """Messages that wait for the client to take them."""
+        return int(self.socket.queue.qsize())
+
     def send(self, message: Frame) -> None:
         """Put a message on the wire, after everything that was sent before. Nothing happens on a closed connection."""
         if not self.gone:

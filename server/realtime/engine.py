@@ -8,6 +8,7 @@ python-socketio.md.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 from collections.abc import Awaitable, Callable
@@ -19,11 +20,13 @@ import socketio
 import structlog
 from aiohttp import WSMsgType, web
 from engineio import packet as eio_packet
+from engineio.async_drivers.aiohttp import translate_request
 from socketio import packet as sio_packet
 
-from models.errors import Refused, Unavailable
+from models.errors import Malformed, Refused, TooLarge, Unavailable
 from models.message import Disconnected
 from models.user import Actor
+from server import metrics
 from server.realtime.connections import Connection, Frame, acknowledgement
 
 log = structlog.get_logger()
@@ -62,12 +65,24 @@ class _WebSocket:
 
     def __init__(self, handler: Callable[[Any], Awaitable[None]], server: engineio.AsyncServer) -> None:
         self._handler = handler
+        self._upgrade_timeout_s: float = server.upgrade_timeout_s
         self._socket = web.WebSocketResponse(max_msg_size=server.max_http_buffer_size, compress=False, timeout=1.0)
 
     async def __call__(self, environ: dict[str, Any]) -> web.WebSocketResponse:
-        await self._socket.prepare(environ["aiohttp.request"])
-        await self._handler(self)
+        request: web.Request = environ["aiohttp.request"]
+        await self._socket.prepare(request)
+        late = asyncio.get_running_loop().call_later(self._upgrade_timeout_s, self._end_if_not_upgraded, request)
+        try:
+            await self._handler(self)
+        finally:
+            late.cancel()
         return self._socket
+
+    def _end_if_not_upgraded(self, request: web.Request) -> None:
+        """The library waits for ever for the two packets that end an upgrade from polling."""
+        session = self._handler.__self__  # type: ignore[attr-defined]  # a method of the library's socket
+        if not session.upgraded and request.transport is not None:
+            request.transport.abort()
 
     async def close(self) -> None:
         await self._socket.close()
@@ -88,12 +103,37 @@ class _WebSocket:
         return None
 
 
+class _Body:
+    """A request's body as the library reads it. aiohttp's own stream gives what has arrived, not all that was sent."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+
+    async def read(self, length: int) -> bytes:
+        return self._body[:length]
+
+
+async def _translate(request: web.Request) -> dict[str, Any]:
+    """A request as the library wants it: with its whole body, read within the limits of any request."""
+    environ: dict[str, Any] = translate_request(request)
+    if request.method == "POST":
+        try:
+            body = await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            raise TooLarge("The body is larger than this server takes.") from None
+        except web.RequestPayloadError:
+            raise Malformed("The body is cut off, or is not what its headers say.") from None
+        environ |= {"wsgi.input": _Body(body), "CONTENT_LENGTH": str(len(body))}
+    return environ
+
+
 class _EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # the library is not typed
     """Engine.IO whose session ids name their instance, and whose errors say what to do."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, upgrade_timeout_s: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._async: dict[str, Any] = dict(self._async, websocket=_WebSocket)
+        self.upgrade_timeout_s = upgrade_timeout_s
+        self._async: dict[str, Any] = dict(self._async, websocket=_WebSocket, translate_request=_translate)
 
     def generate_id(self) -> str:
         return secrets.token_urlsafe(15)
@@ -111,7 +151,7 @@ class _EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # the library 
 class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not typed
     """The Socket.IO server of one instance.
 
-    `authenticate(auth, environ)` turns the client's CONNECT payload into an Actor, or raises a refusal. `on_event` is
+    `authenticate(auth, request)` turns the client's CONNECT payload into an Actor, or raises a refusal. `on_event` is
     called for every event of a connected client with its name, its arguments and a function that answers it (None when
     the client wants no answer). `on_open` and `on_close` frame a connection's life.
     """
@@ -119,10 +159,11 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
     def __init__(
         self,
         *,
-        authenticate: Callable[[object], Awaitable[Actor]],
+        authenticate: Callable[[object, web.Request], Awaitable[Actor]],
         on_event: Callable[[Connection, str, list[Any], int | None], Awaitable[None]],
         on_open: Callable[[Connection], None],
         on_close: Callable[[Connection], None],
+        connect_timeout_s: float,
         frame_max_bytes: int,
         ping_interval_s: int,
         ping_timeout_s: int,
@@ -133,6 +174,8 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
             max_http_buffer_size=frame_max_bytes,
             ping_interval=ping_interval_s,
             ping_timeout=ping_timeout_s,
+            upgrade_timeout_s=connect_timeout_s,
+            cors_allowed_origins=[],  # which pages may call is decided in server/edges.py
             logger=False,
             engineio_logger=False,
         )
@@ -140,6 +183,7 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         self._on_event = on_event
         self._on_open = on_open
         self._on_close = on_close
+        self._connect_timeout_s = connect_timeout_s
         self.connections: dict[str, Connection] = {}
         """By Engine.IO session id."""
         self.on("connect", self._connected, namespace=NAMESPACE)
@@ -152,7 +196,7 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         eio_sid = self.manager.eio_sid_from_sid(sid, NAMESPACE)
         socket = self.eio.sockets[eio_sid]
         try:
-            actor = await self._authenticate(auth)
+            actor = await self._authenticate(auth, environ["aiohttp.request"])
         except Unavailable as refusal:
             # refused for now: a closed transport makes the client come back, a CONNECT_ERROR would not
             socket.queue.put_nowait(None)
@@ -175,6 +219,23 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         connection.emit("disconnected", Disconnected(code=code))
         await self.disconnect(connection.id)
         connection.hang_up()
+
+    async def _handle_eio_connect(self, eio_sid: str, environ: dict[str, Any]) -> None:
+        """A transport was opened: whoever stands behind it has until the deadline to say who it is."""
+        await super()._handle_eio_connect(eio_sid, environ)
+        asyncio.get_running_loop().call_later(self._connect_timeout_s, self._end_if_unconnected, eio_sid)
+
+    def _end_if_unconnected(self, eio_sid: str) -> None:
+        if eio_sid not in self.connections and eio_sid in self.eio.sockets:
+            metrics.connections_cut.labels("connect").inc()
+            self.start_background_task(self._end_transport, eio_sid)
+
+    async def _end_transport(self, eio_sid: str) -> None:
+        """Close a transport, whether or not anybody is at its other end."""
+        socket = self.eio.sockets.pop(eio_sid, None)
+        if socket is not None:
+            await socket.close(wait=False)
+            socket.queue.put_nowait(None)
 
     async def _handle_eio_message(self, eio_sid: str, data: object) -> None:
         """An Engine.IO message has arrived. Replaces the library's method: what is not understood ends the session."""

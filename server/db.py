@@ -99,7 +99,7 @@ class Transaction:
         return self._connection
 
     def _lost(self, error: BaseException) -> Unavailable:
-        self._connection.terminate()  # never wait for an answer that did not come in time
+        _terminate(self._connection)  # never wait for an answer that did not come in time
         self._block = None
         return self._database.lost(error)
 
@@ -112,10 +112,10 @@ class Transaction:
             if block is not None:
                 await (block.rollback() if failed else block.commit())
         except _GONE as error:
-            connection.terminate()
+            _terminate(connection)
             raise self._database.lost(error) from error
         except BaseException:
-            connection.terminate()
+            _terminate(connection)
             raise
         finally:
             await self._database.release(connection)
@@ -238,6 +238,12 @@ class Database:
             reset=_keep_as_it_is,
             **({"statement_cache_size": 0} if self.pooled else {}),
         )
+
+
+def _terminate(connection: Any) -> None:
+    # one that was closed by Postgres between two statements is the pool's again, and cannot be used even for this
+    with contextlib.suppress(asyncpg.InterfaceError):
+        connection.terminate()
 
 
 async def _keep_as_it_is(connection: object) -> None:

@@ -24,6 +24,7 @@ CommandT = TypeVar("CommandT")
 
 _KEY = re.compile(rf"[\x21-\x7e][\x20-\x7e]{{0,{KEY_CHARACTERS_MAX - 1}}}")
 _PLACE = re.compile(r" - at `\$(?P<path>[^`]*)`$")
+_FIELD = re.compile(r"Object (?:contains unknown|missing required) field `(.*)`", re.DOTALL)
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\[(\.\.\.)\]")
 
 
@@ -78,13 +79,13 @@ def invalid(error: msgspec.ValidationError) -> Invalid:
     """msgspec's sentence as a refusal, its path as a JSON pointer (RFC 6901)."""
     text = str(error)
     place = _PLACE.search(text)
-    if place is None:
-        unknown = re.fullmatch(r"Object (?:contains unknown|missing required) field `([^`]*)`", text)
-        return Invalid(text + ".", f"/{unknown[1]}" if unknown else "")
-    pointer = "".join("/" + next(part for part in step if part) for step in _STEP.findall(place["path"]))
-    message = text[: place.start()]
-    unknown = re.fullmatch(r"Object (?:contains unknown|missing required) field `([^`]*)`", message)
-    return Invalid(message + ".", f"{pointer}/{unknown[1]}" if unknown else pointer)
+    message = text[: place.start()] if place else text
+    steps = [next(part for part in step if part) for step in _STEP.findall(place["path"])] if place else []
+    field = _FIELD.fullmatch(message)
+    if field:
+        steps.append(field[1])
+    pointer = "".join("/" + step.replace("~", "~0").replace("/", "~1") for step in steps)
+    return Invalid(message + ".", pointer)
 
 
 class Doors:

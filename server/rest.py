@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 import re
 import time
 import uuid
@@ -28,6 +29,7 @@ from models.errors import (
     PaymentRequired,
     Refused,
     TooLarge,
+    Unauthenticated,
     Unavailable,
     UnsupportedMedia,
 )
@@ -37,6 +39,8 @@ from models.user import Actor, Role, Scope
 from server import csv_export, metrics
 from server.auth import Authenticator, bearer, secret_digest
 from server.doors import Answer, Doors, Verb, convert, decode
+from server.edges import CALLER
+from server.limits import Limits
 from server.locations import Locations
 from server.settings import Settings
 from server.sockets import CHANGE_STATUS, NextInterval, Sockets, ToldEvent, listed
@@ -44,6 +48,9 @@ from server.sockets import CHANGE_STATUS, NextInterval, Sockets, ToldEvent, list
 log = structlog.get_logger()
 
 API = "/api/v1"
+RETRY_AFTER_MS = 1000
+"""When to come back after a refusal that does not know it better."""
+
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -59,6 +66,7 @@ class Rest:
         authenticator: Authenticator,
         sockets: Sockets,
         locations: Locations,
+        limits: Limits,
         on_revoked: Callable[[users.Revoked], None],
         takes_requests: Callable[[], bool],
     ) -> None:
@@ -67,6 +75,7 @@ class Rest:
         self._authenticator = authenticator
         self._sockets = sockets
         self._locations = locations
+        self._limits = limits
         self._on_revoked = on_revoked
         self._takes_requests = takes_requests
         self.public_url = settings.public_url
@@ -172,8 +181,10 @@ class Rest:
         if not self._takes_requests():
             raise Unavailable("This instance is starting; try again.")
         actor = NOBODY
-        if not route.public:
-            actor = await self._authenticator.actor(bearer(request.headers.get(hdrs.AUTHORIZATION)))
+        if route.public:
+            await self._limits.stranger(request)
+        else:
+            actor = await self._actor(request)
         command: Any = None
         if route.method == "GET":
             command = query(request, route.takes) if route.takes is not None else None
@@ -184,6 +195,15 @@ class Rest:
             given = await self.perform(call, route.run)
             return web.Response(status=given.status, body=given.body, content_type="application/json")
         return await route.run(self, call)
+
+    async def _actor(self, request: web.Request) -> Actor:
+        try:
+            actor = await self._authenticator.actor(bearer(request.headers.get(hdrs.AUTHORIZATION)))
+        except Unauthenticated:
+            await self._limits.stranger(request)
+            raise
+        await self._limits.user(request, actor)
+        return actor
 
     async def perform(self, call: Call, verb: Verb) -> Answer:
         args = (call.order_id, call.command) if call.order_id else (call.command,)
@@ -434,6 +454,8 @@ async def read_json(request: web.Request) -> bytes:
         return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise TooLarge("The body is larger than this server takes.") from None
+    except web.RequestPayloadError:
+        raise Malformed("The body is cut off, or is not what its headers say.") from None
 
 
 def query(request: web.Request, type_: type[Any]) -> Any:
@@ -465,8 +487,10 @@ def problem(refusal: Refused, request_id: str) -> web.Response:
     )
     if refusal.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
-    if refusal.status == 503:
-        response.headers["Retry-After"] = "1"
+    if refusal.status in (429, 503):
+        wait_ms = refusal.fields.get("retryAfterMs", RETRY_AFTER_MS)
+        assert isinstance(wait_ms, int)
+        response.headers["Retry-After"] = str(math.ceil(wait_ms / 1000))
     return response
 
 
@@ -513,5 +537,6 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     if response.status == 101:
         return response  # a socket's life is no request's time
     metrics.request_seconds.labels(request.method, route).observe(seconds)
-    log.info("request", method=request.method, route=route, status=response.status, ms=round(seconds * 1000, 1))
+    client, ms = request[CALLER].address if CALLER in request else None, round(seconds * 1000, 1)
+    log.info("request", method=request.method, route=route, status=response.status, ms=ms, client=client)
     return response

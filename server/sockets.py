@@ -14,11 +14,21 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import structlog
+from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
 from handlers import orders, tracking
 from models.base import Holds, Id, Reason, Time, rfc3339
-from models.errors import Forbidden, Invalid, Malformed, NotFound, RateLimited, Refused, Unavailable
+from models.errors import (
+    Forbidden,
+    Invalid,
+    Malformed,
+    NotFound,
+    RateLimited,
+    Refused,
+    Unauthenticated,
+    Unavailable,
+)
 from models.event import Event, Type
 from models.message import (
     DURABLE,
@@ -35,6 +45,7 @@ from models.user import Actor, Role
 from server import metrics
 from server.auth import Authenticator
 from server.doors import Doors, Verb, convert
+from server.limits import Limits
 from server.locations import Locations
 from server.outbox import ORDER_PREFIX, USER_PREFIX, order_channel, unpack, user_channel
 from server.realtime.bus import Bus
@@ -48,6 +59,9 @@ log = structlog.get_logger()
 
 FULL, TRACKED = "full", "tracked"
 """Views of an event: as it is, and without what a guest with scope `track` may not see."""
+
+UNREAD_PAUSE_S = 0.02
+"""How often it is looked whether a client has read its answers, so that it may ask again."""
 
 EXPIRY_SWEEP_S = 1.0
 """How often the tokens of all connections are compared with the clock."""
@@ -144,10 +158,12 @@ class Sockets:
         bus: Bus,
         lane: PositionLane,
         locations: Locations,
+        limits: Limits,
     ) -> None:
         self._settings = settings
         self._doors = doors
         self._authenticator = authenticator
+        self._limits = limits
         self._bus = bus
         self._lane = lane
         self._locations = locations
@@ -160,6 +176,7 @@ class Sockets:
             on_event=self._on_event,
             on_open=self._on_open,
             on_close=self._on_close,
+            connect_timeout_s=settings.connect_timeout_ms / 1000,
             frame_max_bytes=settings.frame_max_bytes,
             ping_interval_s=settings.ping_interval_s,
             ping_timeout_s=settings.ping_timeout_s,
@@ -178,9 +195,16 @@ class Sockets:
 
     # a connection's life
 
-    async def _authenticate(self, auth: object) -> Actor:
+    async def _authenticate(self, auth: object, request: web.Request) -> Actor:
         token = auth.get("token") if isinstance(auth, dict) else None
-        return await self._authenticator.actor(token)
+        try:
+            return await self._authenticator.actor(token)
+        except Unauthenticated:
+            try:
+                await self._limits.stranger(request)
+            except RateLimited as refusal:  # refused for now, not for good
+                raise Unavailable(refusal.detail, **refusal.fields) from None
+            raise
 
     def _on_open(self, connection: Connection) -> None:
         metrics.connections.inc()
@@ -243,8 +267,14 @@ class Sockets:
     async def _on_event(self, connection: Connection, name: str, args: list[Any], number: int | None) -> None:
         """Read one event and start its work. Positions of a known agent are done at once, the rest in tasks; a client
         that asks faster than it is answered is read no further until an answer is out."""
+        unread_max = self._settings.answers_queued_per_socket_max
+        while connection.unread >= unread_max and not connection.gone:  # noqa: ASYNC110  # rare: not worth an event
+            await asyncio.sleep(UNREAD_PAUSE_S)
+        handler = EVENTS.get(name)
+        counts = handler is None or handler.run is not Sockets.update_location  # positions are thinned, never refused
         try:
-            handler = EVENTS.get(name)
+            if counts:
+                self._limits.check_event(connection.actor)
             if handler is None:
                 raise NotFound(f"There is no event {name[:100]!r}.")
             argument = args[0] if args else {}
@@ -256,6 +286,8 @@ class Sockets:
                 if self._locations.accept_at_once(connection.actor, payload.order_id, payload, connection.id):
                     return
         except Refused as refusal:
+            if counts and not isinstance(refusal, RateLimited):
+                self._limits.count_event(connection.actor)
             self._refuse(connection, number, name, refusal)
             return
         while len(connection.calls) >= self._settings.calls_in_flight_per_socket_max:
@@ -285,6 +317,8 @@ class Sockets:
         if before is not None:
             await asyncio.wait((before,))
         try:
+            if handler.run is not Sockets.update_location:
+                await self._limits.event(connection.actor)
             await handler.run(self, connection, payload, number)
         except Refused as refusal:
             self._refuse(connection, number, name, refusal)
@@ -303,7 +337,7 @@ class Sockets:
         self._acknowledge(connection, number, name if name in EVENTS else "unknown", refusal.code, body)
 
     async def subscribe(self, connection: Connection, payload: Subscribe, number: int | None) -> None:
-        key, actor = payload.order_id, connection.actor
+        key = payload.order_id
         after = None if isinstance(payload.after_seq, UnsetType) else payload.after_seq
         if key not in connection.keys and self._settings.rate_limits == "on":
             if len(connection.keys) >= self._settings.subscriptions_per_socket_max:
@@ -311,16 +345,19 @@ class Sockets:
                 raise RateLimited(f"One socket watches {most} orders at most.", retry_after_ms=1000)
         try:
             async with asyncio.timeout(self._settings.subscribe_timeout_ms / 1000):
-                async with self._doors.database.statement() as tx:
-                    await tracking.permit(tx, actor, key, after)
-                room, member = self.rooms.join(connection, key, TRACKED if actor.tracks_only else FULL)
-                await self.rooms.listening(room, self._settings.redis_timeout_ms / 1000)
                 while True:
+                    actor = connection.actor
+                    async with self._doors.database.statement() as tx:
+                        await tracking.permit(tx, actor, key, after)
+                    room, member = self.rooms.join(connection, key, TRACKED if actor.tracks_only else FULL)
+                    await self.rooms.listening(room, self._settings.redis_timeout_ms / 1000)
                     known = asyncio.ensure_future(self._lane.known(key))
                     async with self._doors.database.statement() as tx:
                         snapshot = await tracking.snapshot(tx, actor, key, after)
                     last = await known
-                    if room.covers(snapshot.order.seq):
+                    # else it missed too much, was shut out, or got another token while we read: from the beginning
+                    is_member = room.members.get(connection.id) is member
+                    if is_member and connection.actor is actor and room.covers(snapshot.order.seq):
                         break
         except Invalid:
             raise  # of what the client asked, nothing was done: an earlier subscription stays

@@ -21,11 +21,10 @@ from server.db import Database
 from server.docs import show_docs
 from server.doors import FORGET, Doors
 from server.edges import Edges
-from server.health import Health
+from server.health import Health, watch_loop_lag
 from server.limits import SPEND, Limits
 from server.locations import Locations
 from server.outbox import CONTROL, Outbox, order_channel
-from server.pages import Pages
 from server.pages import Pages
 from server.realtime.bus import Bus
 from server.realtime.positions import SHOW, PositionLane
@@ -136,6 +135,8 @@ class Process:
         self._loop("schema", self._wait_for_schema())
         self._loop("revocations", self._follow_revocations())
         self._loop("outbox", self.outbox.run())
+        self._loop("loop lag", watch_loop_lag())
+        self._loop("backlog", self._when_schema_is_there(self.relay.watch_backlog))
         if self._serves:
             self._loop("rooms", self.sockets.rooms.run())
             self._loop("tokens", self.sockets.watch_tokens())
@@ -262,9 +263,7 @@ class Process:
     # listening
 
     async def _listen(self) -> None:
-        app = web.Application(
-            middlewares=[edge, self.edges.middleware], client_max_size=self.settings.body_max_bytes
-        )
+        app = web.Application(middlewares=[edge, self.edges.middleware], client_max_size=self.settings.body_max_bytes)
         app.on_response_prepare.append(self.edges.on_prepare)
         app.on_response_prepare.append(self.limits.on_prepare)
         app.router.add_get("/health/live", self.health.live)
@@ -276,12 +275,13 @@ class Process:
             for method in ("GET", "POST", "OPTIONS"):
                 app.router.add_route(method, "/socket.io/", self._socket)
             Pages().add_routes(app)
-            Pages().add_routes(app)
             add_routes(app, self.rest)
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5.0)
         await self._runner.setup()
         listener = self._bind()
-        await Site(self._runner, listener, self.settings).start()
+        site = Site(self._runner, listener, self.settings)
+        self.health.open_connections = lambda: site.open
+        await site.start()
         self.port = listener.getsockname()[1]
         if not self.rest.public_url:
             self.rest.public_url = f"http://localhost:{self.port}"

@@ -203,6 +203,11 @@ class Database:
         except _GONE as error:
             raise self.lost(error) from error
 
+    def connections(self) -> dict[str, int]:
+        """How many connections work for somebody now, and how many wait."""
+        size, idle = (self._pool.get_size(), self._pool.get_idle_size()) if self._pool is not None else (0, 0)
+        return {"busy": size - idle, "idle": idle}
+
     async def release(self, connection: Any) -> None:
         if self._pool is not None:
             await self._pool.release(connection)

@@ -18,6 +18,17 @@ from server.realtime.bus import Bus
 from server.rest import answer
 from server.settings import Settings
 
+LAG_INTERVAL_S = 0.1
+"""How often the event loop is asked how late it is."""
+
+
+async def watch_loop_lag() -> None:
+    """Measure how late the event loop is, until cancelled."""
+    while True:
+        wanted = time.perf_counter() + LAG_INTERVAL_S
+        await asyncio.sleep(LAG_INTERVAL_S)
+        metrics.loop_lag_seconds.observe(max(time.perf_counter() - wanted, 0))
+
 
 class Health:
     """The answers of /health/live, /health/ready and /metrics."""
@@ -33,6 +44,7 @@ class Health:
         """Set once it is known which tokens are revoked; before, none is accepted."""
         self.loops_running: Callable[[], bool] = lambda: False
         self.draining = False
+        self.open_connections: Callable[[], int] = lambda: 0
 
     def state(self) -> dict[str, str]:
         """Each part and its state; `ready` sums them up."""
@@ -63,7 +75,13 @@ class Health:
             not wanted and self._settings.production
         ):
             raise NotFound("There is nothing at this address.")
+        metrics.connections_open.set(self.open_connections())
+        metrics.connections_max.set(self._settings.connections_max if self._settings.rate_limits == "on" else 0)
+        metrics.ready.set(self.state()["status"] == "ready")
         metrics.bus_up.set(self._bus.up)
         metrics.database_up.set(self._database.gone_since is None)
+        for state, count in self._database.connections().items():
+            metrics.db_connections.labels(state).set(count)
+        metrics.db_pool_size.set(self._settings.db_pool_size)
         metrics.watched_orders.set(self._watched_orders())
         return web.Response(body=generate_latest(), headers={hdrs.CONTENT_TYPE: CONTENT_TYPE_LATEST})

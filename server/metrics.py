@@ -13,6 +13,8 @@ request_seconds = Histogram(
 )
 socket_events = Counter("waybill_socket_events_total", "Events received on sockets.", ["event", "outcome"])
 connections = Gauge("waybill_connections", "Sockets connected to this process.")
+connections_open = Gauge("waybill_connections_open", "Open connections of any kind, idle ones too.")
+connections_max = Gauge("waybill_connections_max", "How many of them this process takes; 0: no limit.")
 watched_orders = Gauge("waybill_watched_orders", "Orders that somebody watches on this process.")
 expelled = Counter("waybill_expelled_total", "Sessions that the server ended.", ["code"])
 events_published = Counter("waybill_events_published_total", "Order events handed to Redis.", ["by"])
@@ -28,6 +30,16 @@ rates_not_counted = Counter(
 connections_cut = Counter(
     "waybill_connections_cut_total", "Connections that were closed because the client took too long.", ["why"]
 )
+events_unsent = Gauge("waybill_events_unsent", "Order events that are not marked as sent.")
+oldest_unsent = Gauge("waybill_oldest_unsent_seconds", "Age of the oldest of them; 0 when there is none.")
 bus_up = Gauge("waybill_bus_up", "1 while Redis answers.")
 bus_losses = Counter("waybill_bus_losses_total", "How often Redis was lost.")
 database_up = Gauge("waybill_database_up", "1 while Postgres answers.")
+db_connections = Gauge("waybill_db_connections", "Connections of this process to Postgres.", ["state"])
+db_pool_size = Gauge("waybill_db_pool_size", "The most connections to Postgres that this process opens.")
+ready = Gauge("waybill_ready", "1 while /health/ready answers 200.")
+loop_lag_seconds = Histogram(
+    "waybill_loop_lag_seconds",
+    "How much later than asked the event loop comes round; while it lags, everything waits.",
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
+)

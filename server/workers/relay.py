@@ -13,6 +13,7 @@ import structlog
 from handlers.context import Told
 from models.errors import Unavailable
 from models.event import Event, event
+from server import metrics
 from server.db import Database
 from server.outbox import Outbox
 from server.realtime.bus import Bus, BusAway
@@ -23,6 +24,16 @@ UNSENT = """
 select order_id, seq, type, at, body from order_events
 where not sent and recorded_at < now() - $1::integer * interval '1 millisecond'
 order by recorded_at, order_id, seq limit $2 for update skip locked"""
+
+BACKLOG = """
+select count(*) as unsent, coalesce(extract(epoch from now() - min(recorded_at)), 0)::float8 as oldest
+from (select recorded_at from order_events where not sent order by recorded_at limit $1) as unsent"""
+
+BACKLOG_INTERVAL_S = 2.0
+"""How often the unsent events are counted."""
+
+BACKLOG_COUNT_MAX = 100_000
+"""No more are counted: what is beyond is no better news."""
 
 
 class Relay:
@@ -46,6 +57,19 @@ class Relay:
                 log.exception("relay_failed")
             if found < self._batch_max:
                 await asyncio.sleep(self._grace_ms / 1000)
+
+    async def watch_backlog(self) -> None:
+        """Count what is unsent, also while the bus is away and in processes that relay nothing, until cancelled."""
+        while True:
+            try:
+                async with self._database.statement() as tx:
+                    row = await tx.one(BACKLOG, BACKLOG_COUNT_MAX)
+                assert row is not None
+                metrics.events_unsent.set(row["unsent"])
+                metrics.oldest_unsent.set(row["oldest"])
+            except Unavailable:
+                pass  # the last count stays: what is unsent is not sent meanwhile
+            await asyncio.sleep(BACKLOG_INTERVAL_S)
 
     async def look(self) -> int:
         """Publish one batch of unsent events; returns how many there were."""

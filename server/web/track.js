@@ -149,7 +149,7 @@
     if (isOrder) forgetToken();
     if (socket) socket.disconnect();
     showLink("ended");
-    chart.clear();
+    forgetPosition();
     const [title, text] = ENDS[why] || ENDS.unknown;
     if (why === "closed" && order) {
       // what a customer has already seen stays; only the news are over
@@ -427,13 +427,12 @@
     $("page").dataset.status = status;
     $("page").setAttribute("aria-busy", "false");
 
-    $("courier").hidden = !agent;
-    if (agent) {
-      const name = agent.name || "Your courier";
-      say("courier-initial", name[0].toUpperCase());
-      say("courier-name", name);
-      showCourier();
-    }
+    const fetched = order.fulfilment === "pickup" || order.fulfilment === "dine_in";
+    const name = (agent && agent.name) || "Courier";
+    $("courier").hidden = !agent && (fetched || done);
+    say("courier-initial", agent ? name[0].toUpperCase() : "");
+    say("courier-name", name);
+    showCourier();
 
     const steps = STEPS[order.fulfilment] || [];
     const at = steps.indexOf(status === "delivery_failed" ? "ready" : status);
@@ -443,8 +442,7 @@
       ...(at < 0 ? [] : steps.slice(at + 1)).map(coming),
     );
 
-    const inside = order.fulfilment === "pickup" || order.fulfilment === "dine_in";
-    $("map-panel").hidden = inside && !last;
+    $("map-panel").hidden = fetched && !last;
     $("map").toggleAttribute("hidden", !last);
     $("rest").hidden = Boolean(last);
     $("seen").hidden = !last;
@@ -477,11 +475,12 @@
   function showCourier() {
     const { status, agent } = order;
     const away = last && status === "out_for_delivery" ? chart.away() : null;
-    const doing = status === "delivered" ? "Brought your order"
+    const doing = !agent ? "Not assigned yet"
+      : status === "delivered" ? "Brought your order"
       : OVER.includes(status) ? "Was on your order"
       : status === "out_for_delivery" ? "Is bringing your order" : "Will bring your order";
     say("courier-about", away === null ? doing : `${metres(away)} away in a straight line`);
-    say("vehicle", agent.vehicle || "");
+    say("vehicle", (agent && agent.vehicle) || "");
   }
 
   let wasStale = false;
@@ -493,7 +492,7 @@
     $("map-panel").dataset.stale = stale;
     if (stale && !wasStale) say("announcer", `The courier's position is ${age(ms)} old.`);
     wasStale = stale;
-    if (order.agent) showCourier();
+    showCourier();
     const away = chart.away();
     $("map").setAttribute("aria-label", `Map: the courier${away === null ? "" : `, ${metres(away)} from the destination`}, ${stale ? "an old position" : "moving live"}`);
   }

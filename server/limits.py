@@ -28,14 +28,22 @@ SPEND = Script(
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 local interval, burst = tonumber(ARGV[1]), tonumber(ARGV[2])
-local whole = math.max(now, tonumber(redis.call('GET', KEYS[1]) or now)) + interval
-local left = interval * burst - (whole - now)
+local known = tonumber(redis.call('GET', KEYS[1]) or now)
+local empty = now + interval * burst
+if known > empty + 1 then
+  known = empty
+  redis.call('SET', KEYS[1], string.format('%.0f', empty), 'PX', math.ceil((empty - now) / 1000))
+end
+local whole = math.max(now, known) + interval
+local left = empty - whole
 if left < -1 then return -math.ceil(-left / 1000) end
 redis.call('SET', KEYS[1], string.format('%.0f', whole), 'PX', math.ceil((whole - now) / 1000))
 return math.floor(math.max(left, 0) / interval)
 """
 )
-"""KEYS: who. ARGV: microseconds per request, burst. Replies how many are left, or minus the milliseconds to wait."""
+"""KEYS: who. ARGV: microseconds per request, burst. Replies how many are left, or minus the milliseconds to wait.
+
+What was counted under settings that were stricter is cut to an empty quota of these: nobody waits for the old ones."""
 
 REFUSED_MAX = 10_000
 """Most of those who are over a limit that a process remembers; further ones are judged by Redis each time."""

@@ -99,6 +99,21 @@ async def test_many_at_once_do_not_slip_through(data: DataServers) -> None:
         assert all(isinstance(answer, RateLimited) for answer in answers if answer is not None)
 
 
+async def test_who_was_counted_by_stricter_settings_does_not_wait_for_them(data: DataServers) -> None:
+    actor = somebody()
+    async with limits(data.redis_url, rate_user_requests_per_min=1, rate_user_burst_max=10) as strict:
+        for _ in range(10):
+            await strict.user(request_from("192.0.2.1"), actor)
+    async with limits(data.redis_url, rate_user_requests_per_min=6000, rate_user_burst_max=10) as lax:
+        with pytest.raises(RateLimited) as refused:
+            await lax.user(request_from("192.0.2.1"), actor)
+        wait_ms = refused.value.fields["retryAfterMs"]
+        assert isinstance(wait_ms, int)
+        assert wait_ms <= 10
+        await asyncio.sleep((wait_ms + SLACK_MS) / 1000)
+        await lax.user(request_from("192.0.2.1"), actor)
+
+
 async def test_backends_and_staff_have_a_rate_of_their_own(data: DataServers) -> None:
     async with limits(data.redis_url, rate_user_burst_max=1, rate_user_requests_per_min=1) as some:
         for role in (Role.SERVICE, Role.STAFF, Role.ADMIN):

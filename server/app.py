@@ -15,10 +15,9 @@ from aiohttp import web
 
 from handlers import users
 from models.errors import Forbidden, Unavailable
-from server import metrics, migrate
+from server import docs, metrics, migrate
 from server.auth import Authenticator
 from server.db import Database
-from server.docs import show_docs
 from server.doors import FORGET, Doors
 from server.edges import Edges
 from server.health import Health, watch_loop_lag
@@ -270,8 +269,8 @@ class Process:
         app.router.add_get("/health/ready", self.health.show_ready)
         app.router.add_get("/metrics", self.health.show_metrics)
         if self._serves:
-            app.router.add_get("/", show_docs)
-            app.router.add_get("/docs", show_docs)
+            app.router.add_get("/", docs.show_docs)
+            docs.add_routes(app)
             for method in ("GET", "POST", "OPTIONS"):
                 app.router.add_route(method, "/socket.io/", self._socket)
             Pages().add_routes(app)

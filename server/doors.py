@@ -22,7 +22,8 @@ from server.outbox import Outbox
 
 CommandT = TypeVar("CommandT")
 
-_KEY = re.compile(rf"[\x21-\x7e][\x20-\x7e]{{0,{KEY_CHARACTERS_MAX - 1}}}")
+KEY_PATTERN = rf"^[!-~][ -~]{{0,{KEY_CHARACTERS_MAX - 1}}}$"
+_KEY = re.compile(KEY_PATTERN)
 _PLACE = re.compile(r" - at `\$(?P<path>[^`]*)`$")
 _FIELD = re.compile(r"Object (?:contains unknown|missing required) field `(.*)`", re.DOTALL)
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\[(\.\.\.)\]")

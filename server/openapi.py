@@ -22,8 +22,7 @@ from models.errors import (
     Unavailable,
     UnsupportedMedia,
 )
-from models.inbox import KEY_CHARACTERS_MAX
-from server.doors import Verb
+from server.doors import KEY_PATTERN, Verb
 from server.rest import API, ROUTES, MethodNotAllowed, Route, error_page
 from server.shapes import JsonSchema, Shapes, component_of
 
@@ -85,7 +84,7 @@ IDEMPOTENCY_KEY: JsonSchema = {
     "name": "Idempotency-Key",
     "in": "header",
     "description": "A key of the caller's choice: the same request with the same key is carried out once.",
-    "schema": {"type": "string", "pattern": f"^[!-~][ -~]{{0,{KEY_CHARACTERS_MAX - 1}}}$"},
+    "schema": {"type": "string", "pattern": KEY_PATTERN},
 }
 
 

@@ -53,6 +53,17 @@ class Shapes:
         """Name of the component that `schema(number)` refers to."""
         return component_of(self._made[number])
 
+    def told(self, schema: JsonSchema) -> str:
+        """The description of what the schema refers to, on one line."""
+        return " ".join(self._named(schema).get("description", "").split())
+
+    def examples(self, schema: JsonSchema) -> list[Any]:
+        found: list[Any] = self._named(schema).get("examples", [])
+        return found
+
+    def _named(self, schema: JsonSchema) -> JsonSchema:
+        return self.components[component_of(schema)] if "$ref" in schema else schema
+
     def _choice(self, type_: type) -> JsonSchema:
         return {"anyOf": [{"$ref": REF.format(name=one.__name__)} for one in self._choices[type_]]}
 
@@ -74,6 +85,8 @@ class Shapes:
                 self._choices[choice] = structs
                 members = [choice, *(one for one in members if one not in structs)]
             return reduce(or_, members)
+        if origin is Literal and isinstance(args[0], bool):  # msgspec knows no schema for it
+            return Annotated[bool, Meta(extra_json_schema={"const": args[0]})]
         if origin in (None, Literal):
             return annotation
         return origin[tuple(self._document(one) for one in args)]

@@ -10,7 +10,7 @@ import asyncio
 import datetime as dt
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 import structlog
@@ -20,12 +20,21 @@ from msgspec import UNSET, Meta, UnsetType
 from handlers import orders, tracking
 from models.base import Holds, Id, Reason, Time, rfc3339
 from models.errors import (
+    Conflict,
     Forbidden,
+    Future,
+    IdempotencyMismatch,
+    IllegalMove,
+    Inaccurate,
     Invalid,
+    Jump,
     Malformed,
     NotFound,
+    OrderClosed,
+    PaymentRequired,
     RateLimited,
     Refused,
+    Stale,
     Unauthenticated,
     Unavailable,
 )
@@ -44,7 +53,7 @@ from models.position import Position
 from models.user import Actor, Role
 from server import metrics
 from server.auth import Authenticator
-from server.doors import Doors, Verb, convert
+from server.doors import KEY_PATTERN, Doors, Verb, convert
 from server.limits import Limits
 from server.locations import Locations
 from server.outbox import ORDER_PREFIX, USER_PREFIX, order_channel, unpack, user_channel
@@ -63,8 +72,14 @@ FULL, TRACKED = "full", "tracked"
 UNREAD_PAUSE_S = 0.02
 """How often it is looked whether a client has read its answers, so that it may ask again."""
 
+ASSIGNMENTS_TOLD_MAX = 100
+"""Of how many orders, the latest ones, it is kept that their agent was told."""
+
 EXPIRY_SWEEP_S = 1.0
 """How often the tokens of all connections are compared with the clock."""
+
+
+EXAMPLE_ID = "9e2c8d3c-4a8a-4bb5-8c06-9f4f6f0f5d11"
 
 
 class _Payload(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fields=True):
@@ -72,19 +87,31 @@ class _Payload(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fiel
 
 
 class Subscribe(_Payload):
+    SCHEMA: ClassVar[dict[str, Any]] = {"examples": [{"orderId": EXAMPLE_ID, "afterSeq": 4}]}
+
     order_id: Id
-    after_seq: Annotated[int, Meta(ge=0, le=2**31 - 1)] | UnsetType = UNSET
+    after_seq: (
+        Annotated[int, Meta(ge=0, le=2**31 - 1, description="the last event known: the answer holds all after it")]
+        | UnsetType
+    ) = UNSET
 
 
 class Unsubscribe(_Payload):
+    SCHEMA: ClassVar[dict[str, Any]] = {"examples": [{"orderId": EXAMPLE_ID}]}
+
     order_id: Id
 
 
 class UpdateOrderStatus(_Payload):
+    SCHEMA: ClassVar[dict[str, Any]] = {"examples": [{"orderId": EXAMPLE_ID, "status": "out_for_delivery"}]}
+
     order_id: Id
     status: Status
     note: Reason | UnsetType = UNSET
-    idempotency_key: str | UnsetType = UNSET
+    idempotency_key: (
+        Annotated[str, Meta(description="as the header of REST", extra_json_schema={"pattern": KEY_PATTERN})]
+        | UnsetType
+    ) = UNSET
 
 
 class RefreshToken(_Payload):
@@ -92,6 +119,10 @@ class RefreshToken(_Payload):
 
 
 class UpdateLocation(Position, kw_only=True, rename="camel"):
+    """One fix of the assigned agent. Works without acknowledgement too."""
+
+    SCHEMA: ClassVar[dict[str, Any]] = {"examples": [{"orderId": EXAMPLE_ID, **Position.SCHEMA["examples"][0]}]}
+
     order_id: Id
 
 
@@ -169,6 +200,8 @@ class Sockets:
         self._locations = locations
         self._agents: dict[str, dict[str, Connection]] = {}
         """Connections of each agent: an assignment reaches all of them, subscribed or not."""
+        self._assigned: dict[str, dict[str, int]] = {}
+        """For each of them its latest orders with the number of the assignment that its sockets were told of."""
         self._noticed: set[str] = set()
         """Connections that were told that their token is about to expire."""
         self.engine = Engine(
@@ -224,6 +257,7 @@ class Sockets:
             del self._agents[agent][connection.id]
             if not self._agents[agent]:
                 del self._agents[agent]
+                self._assigned.pop(agent, None)
                 self._bus.unsubscribe(user_channel(agent))
         log.debug("socket_closed", connection_id=connection.id)
 
@@ -432,8 +466,17 @@ class Sockets:
     def _tell_agent(self, agent_id: str, order_id: str, event: Event) -> None:
         """An assignment for the sockets of an agent that do not watch the order; those that do hear it in its room."""
         self._locations.forget(agent_id, order_id)
+        if agent_id not in self._agents:
+            return
+        told = self._assigned.setdefault(agent_id, {})
+        if told.get(order_id, 0) >= event.seq:
+            return  # the relay did not know that it was sent
+        told.pop(order_id, None)  # to the end: the latest ones are kept
+        told[order_id] = event.seq
+        if len(told) > ASSIGNMENTS_TOLD_MAX:
+            del told[next(iter(told))]
         message = _frame_of(event, FULL)
-        for connection in self._agents.get(agent_id, {}).values():
+        for connection in self._agents[agent_id].values():
             if order_id not in connection.keys and connection.actor.reaches(order_id):
                 connection.send(message)
 
@@ -457,19 +500,43 @@ class Sockets:
 
 
 class _Event(NamedTuple):
+    """One event of clients: what it carries, how it is answered, and how it may be refused besides what all may."""
+
     payload: type[Any]
     run: Callable[[Sockets, Connection, Any, int | None], Awaitable[None]]
     answer: type[Any]
+    doing: str
+    refuses: tuple[type[Refused], ...] = ()
 
 
 CHANGE_STATUS = Verb("change_status", orders.change_status)
 
 EVENTS: dict[str, _Event] = {
-    "subscribeToOrder": _Event(Subscribe, Sockets.subscribe, Subscribed),
-    "unsubscribeFromOrder": _Event(Unsubscribe, Sockets.unsubscribe, Done),
-    "updateLocation": _Event(UpdateLocation, Sockets.update_location, LocationTaken),
-    "updateOrderStatus": _Event(UpdateOrderStatus, Sockets.update_status, StatusChanged),
-    "refreshToken": _Event(RefreshToken, Sockets.refresh_token, TokenRefreshed),
+    "subscribeToOrder": _Event(
+        Subscribe, Sockets.subscribe, Subscribed, "Watch an order: the answer is a snapshot, what follows comes live", (NotFound,)
+    ),
+    "unsubscribeFromOrder": _Event(Unsubscribe, Sockets.unsubscribe, Done, "Watch it no more"),
+    "updateLocation": _Event(
+        UpdateLocation,
+        Sockets.update_location,
+        LocationTaken,
+        "The assigned agent's position",
+        (Forbidden, NotFound, OrderClosed, Stale, Future, Inaccurate, Jump),
+    ),
+    "updateOrderStatus": _Event(
+        UpdateOrderStatus,
+        Sockets.update_status,
+        StatusChanged,
+        "Move an order to another status",
+        (Forbidden, NotFound, IllegalMove, PaymentRequired, Conflict, IdempotencyMismatch),
+    ),
+    "refreshToken": _Event(
+        RefreshToken,
+        Sockets.refresh_token,
+        TokenRefreshed,
+        "Extend this connection with a newer token of the same person",
+        (Unauthenticated, Forbidden),
+    ),
 }
 
 

@@ -314,8 +314,8 @@ class Order(View):
         moves = MOVES[self.fulfilment].get(self.status, ())
         if target not in moves or not may_move(actor, self.status, target):
             allowed = self.allowed(actor)
-            whither = " or ".join(allowed) if allowed else "nowhere"
-            raise IllegalMove(f"The order is {self.status}; you may move it {whither}, not to {target}.", allowed)
+            may = f"you may move it to {' or '.join(allowed)}" if allowed else "you cannot move it any further"
+            raise IllegalMove(f"The order is {self.status}; {may}, not to {target}.", allowed)
         unpaid = self._unpaid(target, override)
         if unpaid is not None:
             raise PaymentRequired(unpaid, self.payment.due)

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     commands.add_parser("settings", help="print every setting, its default and its meaning")
     token = commands.add_parser("token", help="print one token")
     token.add_argument("--sub", required=True)
-    token.add_argument("--role", required=True, choices=list(Role))
+    token.add_argument("--role", required=True, choices=[role.value for role in Role])
     token.add_argument("--order", action="append", help="narrow it to this order; may be repeated")
     token.add_argument("--ttl", type=int, default=3600, metavar="SECONDS")
     args = parser.parse_args(argv)
@@ -44,6 +44,8 @@ def main(argv: list[str]) -> int:
         elif args.command == "token":
             from server.auth import mint
 
+            if args.role == Role.GUEST and not args.order:
+                raise CannotStart("A guest token reaches only the orders that it names: add --order ID.")
             print(mint(settings, sub=args.sub, role=Role(args.role), orders=args.order, ttl_s=args.ttl))
         else:
             logs.configure(settings.log_level)
@@ -78,18 +80,22 @@ async def _serve(settings: Settings, command: str) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    listener = None
+    if command != "migrate":
+        from server.app import Process, bind
+
+        listener = bind(settings)
     async with data_servers(
         Path(settings.data_dir), settings.database_url or None, settings.redis_url or None, _say
     ) as data:
-        if command == "migrate":
+        if listener is None:
             from server.migrate import migrate
 
             await _until(stop, migrate(data.database_url))
             return
-        from server.app import Process
-
         process = Process(
             settings,
+            listener,
             data.database_url,
             data.redis_url,
             serves=command != "worker",
@@ -98,16 +104,12 @@ async def _serve(settings: Settings, command: str) -> None:
         )
         try:
             await process.start()
-            demo = None
             if command == "demo":
                 from server.demo import run_demo
 
-                demo = asyncio.create_task(run_demo(process, _say))
+                await _until(stop, run_demo(process, _say))
             await stop.wait()
-            if demo is not None:
-                demo.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await demo
+            _say("Stopping …")
         finally:
             await process.stop()
 
@@ -117,9 +119,9 @@ async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
     task, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
     await asyncio.wait((task, stopped), return_when="FIRST_COMPLETED")
     stopped.cancel()
-    if not task.done():
-        task.cancel()
-    await asyncio.gather(task, return_exceptions=not task.done())
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 def _say(sentence: str) -> None:

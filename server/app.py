@@ -56,12 +56,45 @@ def utc_now() -> dt.datetime:
     return now.replace(microsecond=now.microsecond // 1000 * 1000)
 
 
+def bind(settings: Settings) -> socket.socket:
+    """The address of this process, taken but not served yet, so that a taken port is noticed before anything starts.
+
+    Raises:
+        CannotStart: another program has it.
+    """
+    host, port = settings.bind_host, settings.port
+    for candidate in [port] if port else range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED_MAX):
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, candidate))
+        except OSError as error:
+            listener.close()
+            why = error.strerror
+            continue
+        return listener
+    if port:
+        raise CannotStart(
+            f"Port {port} on {host} cannot be used ({why}): another program has it. Stop that one or set PORT."
+        )
+    raise CannotStart(f"Ports {DEFAULT_PORT} to {candidate} are all taken: set PORT to a free one.")
+
+
 class Process:
     """One process: it `serves` requests, `works` off what was left, or both. `migrates`: before it serves."""
 
     def __init__(
-        self, settings: Settings, database_url: str, redis_url: str, *, serves: bool, works: bool, migrates: bool
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        database_url: str,
+        redis_url: str,
+        *,
+        serves: bool,
+        works: bool,
+        migrates: bool,
     ) -> None:
+        self._listener = listener
         self.settings = settings
         self._database_url = database_url
         self._serves, self._works, self._migrates = serves, works, migrates
@@ -122,11 +155,7 @@ class Process:
     # starting and stopping
 
     async def start(self) -> None:
-        """Listen, then get ready in the background: a data server that does not answer yet is waited for.
-
-        Raises:
-            CannotStart: the port is taken.
-        """
+        """Listen, then get ready in the background: a data server that does not answer yet is waited for."""
         await self.authenticator.start()
         self.bus.subscribe(CONTROL)
         self._loop("postgres", self.database.run())
@@ -277,32 +306,13 @@ class Process:
             add_routes(app, self.rest)
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5.0)
         await self._runner.setup()
-        listener = self._bind()
-        site = Site(self._runner, listener, self.settings)
+        site = Site(self._runner, self._listener, self.settings)
         self.health.open_connections = lambda: site.open
         await site.start()
-        self.port = listener.getsockname()[1]
+        self.port = self._listener.getsockname()[1]
         if not self.rest.public_url:
             self.rest.public_url = f"http://localhost:{self.port}"
         log.info("listening", host=self.settings.bind_host, port=self.port)
-
-    def _bind(self) -> socket.socket:
-        host, port = self.settings.bind_host, self.settings.port
-        for candidate in [port] if port else range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED_MAX):
-            listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind((host, candidate))
-            except OSError as error:
-                listener.close()
-                why = error.strerror
-                continue
-            return listener
-        if port:
-            raise CannotStart(
-                f"Port {port} on {host} cannot be used ({why}): another program has it. Stop that one or set PORT."
-            )
-        raise CannotStart(f"Ports {DEFAULT_PORT} to {candidate} are all taken: set PORT to a free one.")
 
     async def _socket(self, request: web.Request) -> web.StreamResponse:
         if not self.edges.welcomes(request):

@@ -6,6 +6,7 @@ It uses the doors as any client would: REST on loopback, with tokens of its own.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -49,10 +50,27 @@ async def run_demo(process: Process, say: Callable[[str], None]) -> None:
         order = await client.place()
         say(_welcome(process, order))
         while True:
-            await client.deliver(order["id"])
-            await asyncio.sleep(STAGE_S)
-            order = await client.place()
+            try:
+                await client.deliver(order["id"])
+            except _STUMBLES as error:
+                say(f"The demo order stumbled: {error}")
+            order = await _next(client)
             say(f"A new demo order is on its way: {order['id']}")
+
+
+async def _next(client: _Client) -> dict[str, Any]:
+    """Another order, as soon as the server takes one: its data servers may be away."""
+    while True:
+        await asyncio.sleep(STAGE_S)
+        with contextlib.suppress(*_STUMBLES):
+            return await client.place()
+
+
+class RefusedToDemo(Exception):
+    """The server did not do what the demo asked."""
+
+
+_STUMBLES = (RefusedToDemo, aiohttp.ClientError, TimeoutError)
 
 
 class _Client:
@@ -66,7 +84,7 @@ class _Client:
         ) as response:
             answer: dict[str, Any] = msgspec.json.decode(await response.read())
             if response.status >= 300:
-                raise RuntimeError(f"the demo's {path} was refused: {answer}")
+                raise RefusedToDemo(f"{path} was refused: {answer['detail']}")
             return answer
 
     async def place(self) -> dict[str, Any]:

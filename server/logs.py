@@ -7,6 +7,11 @@ import sys
 
 import structlog
 
+_tracebacks = structlog.processors.ExceptionRenderer(
+    # local variables hold passwords and tokens
+    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+)
+
 HIDDEN = frozenset({"token", "authorization", "secret", "password", "cookie", "database_url", "redis_url"})
 
 
@@ -21,9 +26,9 @@ def configure(level: str) -> None:
     ]
     human = sys.stderr.isatty()
     finish: list[structlog.typing.Processor] = (
-        [structlog.dev.ConsoleRenderer()]
+        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
         if human
-        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        else [_tracebacks, structlog.processors.JSONRenderer()]
     )
     structlog.configure(
         processors=[*shared, *finish],

@@ -121,7 +121,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 10_000
     body_max_bytes: Annotated[Bytes, Meta(description="largest request body")] = 256 * 1024
     frame_max_bytes: Annotated[Bytes, Meta(description="largest message on a socket")] = 16 * 1024
-    order_lines_max: Annotated[Count, Meta(description="most lines of one order")] = 200
     subscribe_timeout_ms: Annotated[Milliseconds, Meta(description="a subscribe is answered within this")] = 4000
     subscriptions_per_socket_max: Annotated[Count, Meta(description="most orders that one socket may watch")] = 200
     calls_in_flight_per_socket_max: Annotated[

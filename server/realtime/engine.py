@@ -128,7 +128,7 @@ async def _translate(request: web.Request) -> dict[str, Any]:
 
 
 class _EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # the library is not typed
-    """Engine.IO whose session ids name their instance, and whose errors say what to do."""
+    """Engine.IO whose errors say what to do."""
 
     def __init__(self, *args: Any, upgrade_timeout_s: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -213,6 +213,14 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         connection = self.connections.pop(eio_sid, None)
         if connection is not None:
             self._on_close(connection)  # calls that are being worked on go on: a status change is not taken back
+
+    async def _handle_eio_disconnect(self, eio_sid: str, reason: str) -> None:
+        """A session has ended. Replaces the library's method, which leaves a poll that waits hanging until the ping times
+        out: the client waits for it, and so does a drain."""
+        socket = self.eio.sockets.get(eio_sid)
+        await super()._handle_eio_disconnect(eio_sid, reason)
+        if socket is not None and not socket.upgraded:
+            socket.queue.put_nowait(eio_packet.Packet(eio_packet.NOOP))
 
     async def expel(self, connection: Connection, code: str) -> None:
         """End a session for good: `disconnected {code}`, then DISCONNECT, after which clients stay away."""

@@ -19,6 +19,8 @@ import aiohttp
 import jwt
 import socketio
 
+from tests import documents
+
 ROOT = Path(__file__).parent.parent
 SECRET = "the-tests-own-secret-0123456789abcdef"
 READY_S = 30.0
@@ -171,14 +173,18 @@ class Instance:
         if body is not None or raw is not None:
             sent["Content-Type"] = "application/json"
         data = raw if raw is not None else json.dumps(body).encode() if body is not None else None
-        address = self.url + (path if path.startswith(("/health", "/metrics", "/docs")) else f"/api/v1{path}")
+        address = self.url + (
+            path if path.startswith(("/health", "/metrics", "/docs", "/openapi", "/asyncapi")) else f"/api/v1{path}"
+        )
         async with (
             aiohttp.ClientSession() as session,
             session.request(method, address, data=data, headers={**sent, **(headers or {})}) as response,
         ):
             text = await response.read()
             is_json = "json" in response.headers.get("Content-Type", "")
-            return Reply(response.status, json.loads(text) if is_json else text, response.headers)
+            reply = Reply(response.status, json.loads(text) if is_json else text, response.headers)
+        documents.check_reply(method, address, reply.status, reply.headers, reply.body)
+        return reply
 
     async def post(self, path: str, body: Any = None, **how: Any) -> Reply:
         return await self.request("POST", path, body, **how)
@@ -270,12 +276,15 @@ class Watcher:
         self._instance, self._token, self._transports = instance, by, list(transports)
         self.client = socketio.AsyncClient(reconnection=False)
         self.heard: list[tuple[str, Any]] = []
+        self.undocumented: list[str] = []
+        """Where what it heard is not as /asyncapi.json says."""
         self.disconnected = asyncio.Event()
         self.client.on("*", self._hear)
         self.client.on("disconnect", self._gone)
 
     async def _hear(self, event: str, payload: Any = None) -> None:
         self.heard.append((event, payload))
+        self.undocumented += documents.heard_wrongly(event, payload)
 
     async def _gone(self, reason: str | None = None) -> None:
         self.disconnected.set()
@@ -287,10 +296,13 @@ class Watcher:
 
     async def __aexit__(self, *_: object) -> None:
         await self.client.disconnect()
+        assert not self.undocumented
 
     async def call(self, event: str, payload: Any = None) -> Any:
         """Send an event and return its acknowledgement."""
-        return await self.client.call(event, payload, timeout=SOON_S)
+        answer = await self.client.call(event, payload, timeout=SOON_S)
+        self.undocumented += documents.answered_wrongly(event, answer)
+        return answer
 
     async def watch(self, order_id: str, after: int | None = None) -> dict[str, Any]:
         """Subscribe, and insist that it works."""

@@ -66,3 +66,11 @@ class Strict(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fields
 
 class View(msgspec.Struct, kw_only=True, rename="camel", omit_defaults=True):
     """A shape that goes outside: absent members are left out, never null."""
+
+
+class FieldError(msgspec.Struct, frozen=True):
+    """`pointer`: RFC 6901 pointer to the member of the request; empty for the whole of it."""
+
+    pointer: str
+    code: str
+    message: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import msgspec
+from models import base
 
 
 class Refused(Exception):
@@ -84,19 +84,11 @@ class UnsupportedMedia(Refused):
     code, status, title = "unsupported_media", 415, "The content type is not supported"
 
 
-class FieldError(msgspec.Struct, frozen=True):
-    """`pointer`: RFC 6901 pointer to the member of the request; empty for the whole of it."""
-
-    pointer: str
-    code: str
-    message: str
-
-
 class Invalid(Refused):
     """A value breaks its rule. `pointer`: RFC 6901 pointer to it in the request body."""
 
     code, status, title = "invalid", 422, "A value breaks its rule"
-    members: ClassVar[dict[str, Any]] = {"errors": list[FieldError]}
+    members: ClassVar[dict[str, Any]] = {"errors": list[base.FieldError]}
 
     def __init__(self, detail: str, pointer: str = "") -> None:
         super().__init__(detail, errors=[{"pointer": pointer, "code": "invalid", "message": detail}])

@@ -133,6 +133,7 @@ Waybill is ready.
 
   Open        {base}/docs
   Demo order  {order["id"]} (it moves by itself)
+  See it move {base}/track/{order["id"]}#token={tokens[Role.CUSTOMER]}
 
   Tokens, good for a day
     customer  {tokens[Role.CUSTOMER]}

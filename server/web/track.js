@@ -345,7 +345,6 @@
 
   const SAME_DAY = new Intl.DateTimeFormat(undefined, { hour: "numeric", minute: "2-digit" });
   const OTHER_DAY = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short", hour: "numeric", minute: "2-digit" });
-  const IN_FULL = new Intl.DateTimeFormat(undefined, { dateStyle: "full", timeStyle: "long" });
 
   function clock(at) {
     const then = new Date(at);
@@ -403,7 +402,6 @@
     const label = make("span", "label", agent ? `${agent.name || "A courier"} takes care of it` : words(status)[0]);
     const time = make("time", "", clock(at));
     time.dateTime = at;
-    time.title = IN_FULL.format(new Date(at));
     item.append(dot, label, time);
     if (note) item.append(make("span", "note", note));
     return item;
@@ -430,7 +428,7 @@
     const fetched = order.fulfilment === "pickup" || order.fulfilment === "dine_in";
     const name = (agent && agent.name) || "Courier";
     $("courier").hidden = !agent && (fetched || done);
-    say("courier-initial", agent ? name[0].toUpperCase() : "");
+    say("courier-initial", agent ? name[0].toUpperCase() : "…");
     say("courier-name", name);
     showCourier();
 
@@ -488,7 +486,7 @@
     if (!last || over) return;
     const ms = now() - last.ts;
     const stale = ms > STALE_MS;
-    say("seen-text", `Last seen ${age(ms)} ago`);
+    say("seen-text", ms < 3000 ? "Last seen just now" : `Last seen ${age(ms)} ago`);
     $("map-panel").dataset.stale = stale;
     if (stale && !wasStale) say("announcer", `The courier's position is ${age(ms)} old.`);
     wasStale = stale;

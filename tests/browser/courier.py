@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import pairwise
 from typing import Any
 
 from tests.harness import ORDER, Instance, token
 
-HOME = {"lat": 12.9352, "lng": 77.6245}
-KITCHEN = {"lat": 12.9716, "lng": 77.5946}
-ADDRESS = {**ORDER["deliveryAddress"], **HOME}  # type: ignore[dict-item]  # ORDER is a plain JSON object
+WAY = [
+    (12.9716, 77.5946),
+    (12.9667, 77.5966),
+    (12.9674, 77.6002),
+    (12.9618, 77.6031),
+    (12.9606, 77.5993),
+    (12.9532, 77.6025),
+    (12.9549, 77.6089),
+    (12.9489, 77.6117),
+    (12.9498, 77.6160),
+    (12.9436, 77.6189),
+    (12.9431, 77.6228),
+    (12.9352, 77.6245),
+]
+"""Corners of the way from the kitchen to the door: latitude and longitude."""
+LEGS = [math.dist(start, end) for start, end in pairwise(WAY)]
+ADDRESS = {**ORDER["deliveryAddress"], "lat": WAY[-1][0], "lng": WAY[-1][1]}  # type: ignore[dict-item]  # ORDER is a plain JSON object
 
 RIDE_S = 540
 """How long a whole ride takes, in the courier's time; it fits into LOCATION_MAX_AGE_MS."""
@@ -36,14 +51,15 @@ async def link_of(shop: Instance, order: dict[str, Any], **how: Any) -> dict[str
 
 
 def fix(share: float, age_s: float = 0) -> dict[str, Any]:
-    """The courier's position after this share of the way, taken `age_s` ago: streets bend and turn."""
-    bend = math.sin(share * math.pi) * 0.008 + math.sin(share * 17) * 0.0013
-    return {
-        "lat": round(KITCHEN["lat"] + (HOME["lat"] - KITCHEN["lat"]) * share + bend, 6),
-        "lng": round(KITCHEN["lng"] + (HOME["lng"] - KITCHEN["lng"]) * share - bend * 0.6, 6),
-        "ts": int((time.time() - age_s) * 1000),
-        "accuracy": 8,
-    }
+    """The courier's position after this share of the way, taken `age_s` ago."""
+    along = share * sum(LEGS)
+    corner = 0
+    while along > LEGS[corner] and corner < len(LEGS) - 1:
+        along -= LEGS[corner]
+        corner += 1
+    on_leg = along / LEGS[corner]
+    lat, lng = (a + (b - a) * on_leg for a, b in zip(WAY[corner], WAY[corner + 1], strict=True))
+    return {"lat": round(lat, 6), "lng": round(lng, 6), "ts": int((time.time() - age_s) * 1000), "accuracy": 8}
 
 
 async def ride(

@@ -59,13 +59,25 @@ async def test_guest_sees_timeline_and_moving_marker(shop: Instance, visitor: Vi
 
     before = await spot(page)
     await shows(page, await ride(shop, order, 0.11, 0.2, 5))
-    await page.wait_for_function(
-        "was => document.querySelector('#marker').getAttribute('transform') !== was", arg=before
-    )
-    assert len((await page.locator("#trail").get_attribute("points") or "").split()) == 6
+    await expect(page.locator("#marker")).not_to_have_attribute("transform", before)
+    await expect(page.locator("#trail")).to_have_attribute("points", re.compile(r"^(\S+ ){2,}\S+$"))
     assert page.url == link["url"]
     assert not [url for url in visitor.requested if not re.match(rf"(http|ws)://127\.0\.0\.1:{shop.port}/", url)]
     assert link["secret"] not in shop.log.read_text()
+
+
+async def test_headers_on_their_way_through_the_server(shop: Instance, visitor: Visitor) -> None:
+    visitor.expected.append(UNKNOWN)
+    page = await visitor.page()
+    response = await page.goto(f"{shop.url}/track/x")
+    assert response is not None
+    headers = response.headers
+    assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'; style-src 'self';")
+    assert headers["cache-control"] == "no-store"
+    assert headers["referrer-policy"] == "no-referrer"
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["content-encoding"] == "gzip"
+    await expect(page.locator("#problem")).to_be_visible()
 
 
 async def test_older_position_does_not_move_the_marker(shop: Instance, visitor: Visitor) -> None:

@@ -13,7 +13,7 @@ import uuid
 from typing import Any, cast
 
 import structlog
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import StreamReader
 
@@ -218,5 +218,6 @@ class Connection(web.RequestHandler):
         response = problem(refusal, request_id)
         response.headers["X-Request-Id"] = request_id
         protect(response.headers)
+        response.headers[hdrs.SERVER] = "waybill"  # or aiohttp names itself and its version
         response.force_close()
         return response

@@ -36,7 +36,14 @@ ORDER = {
     "fulfilment": "delivery",
     "currency": "INR",
     "items": [{"name": "Masala dosa", "quantity": 2, "unitPrice": 12000, "taxRateBp": 500}],
-    "deliveryAddress": {"line1": "12 MG Road", "city": "Bengaluru", "postalCode": "560001", "country": "IN"},
+    "deliveryAddress": {
+        "line1": "12 MG Road",
+        "city": "Bengaluru",
+        "postalCode": "560001",
+        "country": "IN",
+        "lat": TO[0],
+        "lng": TO[1],
+    },
 }
 
 

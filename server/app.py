@@ -168,6 +168,7 @@ class Process:
         if self._serves:
             self._loop("rooms", self.sockets.rooms.run())
             self._loop("tokens", self.sockets.watch_tokens())
+            self._loop("deadlines", self.sockets.engine.wheel.run())
             self._loop("trail", self.trail.run())
         if self._works:
             self._loop("relay", self._when_schema_is_there(self.relay.run))
@@ -307,7 +308,8 @@ class Process:
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5.0)
         await self._runner.setup()
         site = Site(self._runner, self._listener, self.settings)
-        self.health.open_connections = lambda: site.open
+        site.taken_over = lambda: self.sockets.engine.sessions
+        self.health.open_connections = lambda: site.open + site.taken_over()
         await site.start()
         self.port = self._listener.getsockname()[1]
         if not self.rest.public_url:
@@ -324,6 +326,9 @@ class Process:
             await self.limits.handshake(request)
         elif session_id not in self.sockets.engine.eio.sockets:
             await self.limits.stranger(request)
+        if self.sockets.engine.takes(request):
+            self.sockets.engine.take(request)
+            return web.Response(status=101)
         response: web.StreamResponse = await self.sockets.engine.handle_request(request)
         return response
 

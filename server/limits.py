@@ -113,9 +113,18 @@ class Limits:
         await self._request(request, rate, f"{actor.role}:{actor.sub}")
 
     async def stranger(self, request: web.Request) -> None:
-        """A request or CONNECT without an accepted token."""
+        """A request without an accepted token."""
         if self._on:
             await self._request(request, self._address, self._edges.caller(request).network)
+
+    async def stranger_network(self, network: str) -> None:
+        """A CONNECT without an accepted token, from a caller of this network."""
+        if self._on:
+            await self._spend(self._address, network)
+
+    def network_of(self, request: web.Request) -> str:
+        """Whom the limits of strangers count: the caller's address, or its network where many belong to one."""
+        return self._edges.caller(request).network
 
     async def handshake(self, request: web.Request) -> None:
         """A socket that is being opened.

@@ -27,6 +27,7 @@ rate_limited = Counter("waybill_rate_limited_total", "Requests, events and hands
 rates_not_counted = Counter(
     "waybill_rates_not_counted_total", "Let through uncounted, because Redis was away, late or in error.", ["why"]
 )
+coalesced = Counter("waybill_coalesced_total", "Positions that were replaced by a newer one for a slow reader.")
 connections_cut = Counter(
     "waybill_connections_cut_total", "Connections that were closed because the client took too long.", ["why"]
 )

@@ -71,6 +71,9 @@ HEADERS: dict[str, JsonSchema] = {
         "schema": {"type": "string"},
     },
 }
+ALWAYS: tuple[type[Refused], ...] = (Malformed, RateLimited, Unavailable)
+"""How every route may refuse: what is no HTTP, too much of it, or a part that is away."""
+
 EVERYWHERE = ("X-Request-Id", "RateLimit", "RateLimit-Policy")
 REFUSAL_HEADERS = {401: ("WWW-Authenticate",), 405: ("Allow",), 429: ("Retry-After",), 503: ("Retry-After",)}
 
@@ -99,11 +102,11 @@ def operation_id(route: Route) -> str:
 
 def refusals(route: Route) -> list[type[Refused]]:
     """Every way in which the route may refuse."""
-    found: set[type[Refused]] = {*route.refuses, Unavailable, RateLimited}
+    found: set[type[Refused]] = {*route.refuses, *ALWAYS}
     if not route.public:
         found.add(Unauthenticated)
     if route.takes is not None:
-        found |= {Malformed, Invalid}
+        found.add(Invalid)
         if route.method != "GET":
             found |= {TooLarge, UnsupportedMedia}
     if takes_key(route):

@@ -526,12 +526,11 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     except ConnectionResetError:
         raise
     except Exception:
-        log.exception("request_failed", method=request.method, path=request.path)
+        log.exception("request_failed", method=request.method, route=_route_of(request))
         response = problem(_Broken("The request failed; nothing is known of its outcome. Try again."), request_id)
     if not response.prepared:
         response.headers["X-Request-Id"] = request_id
-    resource = request.match_info.route.resource
-    route = resource.canonical if resource is not None else "none"
+    route = _route_of(request)
     seconds = time.perf_counter() - began
     metrics.requests.labels(request.method, route, response.status).inc()
     if response.status == 101:
@@ -540,3 +539,9 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     client, ms = request[CALLER].address if CALLER in request else None, round(seconds * 1000, 1)
     log.info("request", method=request.method, route=route, status=response.status, ms=ms, client=client)
     return response
+
+
+def _route_of(request: web.Request) -> str:
+    """The route as it is declared: an address may hold a secret."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else "none"

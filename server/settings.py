@@ -126,9 +126,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     calls_in_flight_per_socket_max: Annotated[
         Count, Meta(description="most unanswered events of one socket; further ones wait")
     ] = 16
-    answers_queued_per_socket_max: Annotated[
-        Count, Meta(description="most unread messages of a socket; beyond, what it sends is read no further")
-    ] = 500
+    slow_bytes: Annotated[
+        Bytes,
+        Meta(description="unread bytes from which on a socket is slow: it is read no further"),
+    ] = 64 * 1024
+    queue_max_bytes: Annotated[Bytes, Meta(description="unread bytes at which a slow socket is cut")] = 1024 * 1024
+    slow_max_s: Annotated[Seconds, Meta(description="time after which a slow socket is cut")] = 15
+    messages_queued_max: Annotated[Count, Meta(description="unread messages at which a polling client is cut")] = 1000
     long_poll_max_s: Annotated[Seconds, Meta(description="longest `wait` of a read")] = 30
     room_events_max: Annotated[Count, Meta(description="newest events that a watched order keeps in memory")] = 64
     ping_interval_s: Annotated[Seconds, Meta(description="how often a socket is asked whether it lives")] = 25
@@ -371,6 +375,7 @@ def _check_relations(s: Settings) -> None:
             s.rate_limit_wait_ms < s.subscribe_timeout_ms,
             "RATE_LIMIT_WAIT_MS must be less than SUBSCRIBE_TIMEOUT_MS",
         ),
+        (s.slow_bytes < s.queue_max_bytes, "SLOW_BYTES must be less than QUEUE_MAX_BYTES"),
         (s.frame_max_bytes <= s.body_max_bytes, "FRAME_MAX_BYTES must not be more than BODY_MAX_BYTES"),
         (
             s.idempotency_keep_s >= 7 * 24 * 3600,

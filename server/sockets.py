@@ -14,7 +14,6 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 import structlog
-from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
 from handlers import orders, tracking
@@ -68,9 +67,6 @@ log = structlog.get_logger()
 
 FULL, TRACKED = "full", "tracked"
 """Views of an event: as it is, and without what a guest with scope `track` may not see."""
-
-UNREAD_PAUSE_S = 0.02
-"""How often it is looked whether a client has read its answers, so that it may ask again."""
 
 ASSIGNMENTS_TOLD_MAX = 100
 """Of how many orders, the latest ones, it is kept that their agent was told."""
@@ -206,6 +202,7 @@ class Sockets:
         """Connections that were told that their token is about to expire."""
         self.engine = Engine(
             authenticate=self._authenticate,
+            caller_of=self._limits.network_of,
             on_event=self._on_event,
             on_open=self._on_open,
             on_close=self._on_close,
@@ -213,6 +210,10 @@ class Sockets:
             frame_max_bytes=settings.frame_max_bytes,
             ping_interval_s=settings.ping_interval_s,
             ping_timeout_s=settings.ping_timeout_s,
+            slow_bytes=settings.slow_bytes,
+            queue_max_bytes=settings.queue_max_bytes,
+            slow_max_s=settings.slow_max_s,
+            messages_queued_max=settings.messages_queued_max,
         )
         self.rooms: Rooms[Event] = Rooms(
             bus,
@@ -228,13 +229,13 @@ class Sockets:
 
     # a connection's life
 
-    async def _authenticate(self, auth: object, request: web.Request) -> Actor:
+    async def _authenticate(self, auth: object, caller: str) -> Actor:
         token = auth.get("token") if isinstance(auth, dict) else None
         try:
             return await self._authenticator.actor(token)
         except Unauthenticated:
             try:
-                await self._limits.stranger(request)
+                await self._limits.stranger_network(caller)
             except RateLimited as refusal:  # refused for now, not for good
                 raise Unavailable(refusal.detail, **refusal.fields) from None
             raise
@@ -298,12 +299,9 @@ class Sockets:
 
     # what clients send
 
-    async def _on_event(self, connection: Connection, name: str, args: list[Any], number: int | None) -> None:
+    def _on_event(self, connection: Connection, name: str, args: list[Any], number: int | None) -> None:
         """Read one event and start its work. Positions of a known agent are done at once, the rest in tasks; a client
         that asks faster than it is answered is read no further until an answer is out."""
-        unread_max = self._settings.answers_queued_per_socket_max
-        while connection.unread >= unread_max and not connection.gone:  # noqa: ASYNC110  # rare: not worth an event
-            await asyncio.sleep(UNREAD_PAUSE_S)
         handler = EVENTS.get(name)
         counts = handler is None or handler.run is not Sockets.update_location  # positions are thinned, never refused
         try:
@@ -324,15 +322,18 @@ class Sockets:
                 self._limits.count_event(connection.actor)
             self._refuse(connection, number, name, refusal)
             return
-        while len(connection.calls) >= self._settings.calls_in_flight_per_socket_max:
-            await asyncio.wait(connection.calls, return_when="FIRST_COMPLETED")
         order_id = getattr(payload, "order_id", "")
         call = self._call(handler, connection, name, payload, number, connection.last_calls.get(order_id))
         connection.last_calls[order_id] = task = asyncio.create_task(call)
         connection.calls.add(task)
+        calls_max = self._settings.calls_in_flight_per_socket_max
+        if len(connection.calls) >= calls_max:
+            connection.wire.hold()
 
         def done(task: asyncio.Task[None]) -> None:
             connection.calls.discard(task)
+            if len(connection.calls) == calls_max - 1:
+                connection.wire.resume()
             if connection.last_calls.get(order_id) is task:
                 del connection.last_calls[order_id]
 
@@ -513,7 +514,11 @@ CHANGE_STATUS = Verb("change_status", orders.change_status)
 
 EVENTS: dict[str, _Event] = {
     "subscribeToOrder": _Event(
-        Subscribe, Sockets.subscribe, Subscribed, "Watch an order: the answer is a snapshot, what follows comes live", (NotFound,)
+        Subscribe,
+        Sockets.subscribe,
+        Subscribed,
+        "Watch an order: the answer is a snapshot, what follows comes live",
+        (NotFound,),
     ),
     "unsubscribeFromOrder": _Event(Unsubscribe, Sockets.unsubscribe, Done, "Watch it no more"),
     "updateLocation": _Event(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import uuid
+from collections.abc import Callable
 from typing import Any, cast
 
 import structlog
@@ -48,7 +49,9 @@ class Site(web.BaseSite):
         self._listener = listener
         self._limits = settings
         self.open = 0
-        """Connections that are open now."""
+        """HTTP connections that are open now."""
+        self.taken_over: Callable[[], int] = lambda: 0
+        """Connections that were HTTP once and still are open."""
 
     @property
     def name(self) -> str:
@@ -57,7 +60,7 @@ class Site(web.BaseSite):
 
     @property
     def full(self) -> bool:
-        return self._limits.rate_limits == "on" and self.open >= self._limits.connections_max
+        return self._limits.rate_limits == "on" and self.open + self.taken_over() >= self._limits.connections_max
 
     async def start(self) -> None:
         """Listen."""

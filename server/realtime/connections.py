@@ -1,39 +1,76 @@
-"""One connected client, as the rooms and the doors see it."""
+"""One connected client, as the rooms and the doors see it, and the two lanes to it."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TypeAlias
+from typing import Any, Protocol
 
 import msgspec
 from engineio import packet as eio_packet
-from engineio.async_socket import AsyncSocket
 
 from models.user import Actor
+from server.realtime.websocket import TEXT, encode
 
-Frame: TypeAlias = eio_packet.Packet
-"""A finished message, made once and shared by everybody who gets it."""
+
+class Frame:
+    """A finished Socket.IO packet, made once and shared by everybody who gets it."""
+
+    __slots__ = ("text", "wire")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.wire = encode(TEXT, b"4" + text.encode())
+        """As a WebSocket frame with the Engine.IO packet type."""
+
+    @property
+    def packet(self) -> Any:
+        """As the library's packet, for sessions that poll."""
+        return eio_packet.Packet(eio_packet.MESSAGE, self.text)
 
 
 def frame(event: str, payload: bytes) -> Frame:
     """The wire form of a Socket.IO event whose one argument is `payload`, a JSON text."""
-    return eio_packet.Packet(eio_packet.MESSAGE, f'2["{event}",{payload.decode()}]')
+    return Frame(f'2["{event}",{payload.decode()}]')
 
 
 def acknowledgement(number: int, payload: bytes) -> Frame:
     """The wire form of the answer to the client's event that carried this number."""
-    return eio_packet.Packet(eio_packet.MESSAGE, f"3{number}[{payload.decode()}]")
+    return Frame(f"3{number}[{payload.decode()}]")
+
+
+class Wire(Protocol):
+    """The way to one client: a lean WebSocket, or the library's session for those that poll or came from polling."""
+
+    @property
+    def gone(self) -> bool: ...
+
+    def send_frame(self, message: Frame) -> None:
+        """Put a message on the wire, after everything that was sent before. Nothing happens on a closed connection."""
+
+    def send_latest(self, key: str, message: Frame) -> None:
+        """Put state on the wire: while the client reads too slowly, only the newest message of each key is kept."""
+
+    def hold(self, why: int = 1) -> None:
+        """Read nothing more from this client until `resume`."""
+
+    def resume(self, why: int = 1) -> None: ...
+
+    def hang_up(self) -> None:
+        """End the transport after what is queued: the client notices, comes back by itself and recovers."""
 
 
 class Connection:
     """A Socket.IO session on the default namespace."""
 
-    __slots__ = ("actor", "calls", "id", "keys", "last_calls", "socket")
+    __slots__ = ("actor", "calls", "hang_up", "id", "keys", "last_calls", "send", "send_latest", "wire")
 
-    def __init__(self, id_: str, socket: AsyncSocket, actor: Actor) -> None:
+    def __init__(self, id_: str, wire: Wire, actor: Actor) -> None:
         self.id = id_
-        self.socket = socket
+        self.wire = wire
         self.actor = actor
+        self.send = wire.send_frame
+        self.send_latest = wire.send_latest
+        self.hang_up = wire.hang_up
         self.keys: set[str] = set()
         """The rooms that it is in."""
         self.calls: set[asyncio.Task[None]] = set()
@@ -43,21 +80,7 @@ class Connection:
 
     @property
     def gone(self) -> bool:
-        return bool(self.socket.closed or self.socket.closing)
-
-    @property
-    def unread(self) -> int:
-        """Messages that wait for the client to take them."""
-        return int(self.socket.queue.qsize())
-
-    def send(self, message: Frame) -> None:
-        """Put a message on the wire, after everything that was sent before. Nothing happens on a closed connection."""
-        if not self.gone:
-            self.socket.queue.put_nowait(message)
+        return self.wire.gone
 
     def emit(self, event: str, payload: object) -> None:
         self.send(frame(event, msgspec.json.encode(payload)))
-
-    def hang_up(self) -> None:
-        """End the transport after what is queued: the client notices, comes back by itself and recovers."""
-        self.socket.queue.put_nowait(None)

@@ -28,11 +28,10 @@ from models.message import Disconnected
 from models.user import Actor
 from server import metrics
 from server.realtime.connections import Connection, Frame, acknowledgement
+from server.realtime.session import ACK_DIGITS_MAX, Polled, Session, Wheel
+from server.realtime.websocket import is_handshake
 
 log = structlog.get_logger()
-
-ACK_DIGITS_MAX = 15
-"""Longest acknowledgement number: what a JavaScript number counts exactly."""
 
 NAMESPACE = "/"
 
@@ -138,6 +137,11 @@ class _EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # the library 
     def generate_id(self) -> str:
         return secrets.token_urlsafe(15)
 
+    def _log_error_once(self, message: str, message_key: str) -> None:
+        """A refused request is its client's fault, or that of an instance that is gone: no error of ours. The library's
+        message names the session, which is as good as a password."""
+        log.info("socket_request_refused", reason=message_key)
+
     def _bad_request(self, message: str | None = None) -> dict[str, Any]:
         if message is not None and message.startswith("Invalid session"):
             message = (
@@ -159,14 +163,19 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
     def __init__(
         self,
         *,
-        authenticate: Callable[[object, web.Request], Awaitable[Actor]],
-        on_event: Callable[[Connection, str, list[Any], int | None], Awaitable[None]],
+        authenticate: Callable[[object, str], Awaitable[Actor]],
+        caller_of: Callable[[web.Request], str],
+        on_event: Callable[[Connection, str, list[Any], int | None], None],
         on_open: Callable[[Connection], None],
         on_close: Callable[[Connection], None],
         connect_timeout_s: float,
         frame_max_bytes: int,
         ping_interval_s: int,
         ping_timeout_s: int,
+        slow_bytes: int,
+        queue_max_bytes: int,
+        slow_max_s: int,
+        messages_queued_max: int,
     ) -> None:
         super().__init__(
             async_mode="aiohttp",
@@ -180,10 +189,16 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
             engineio_logger=False,
         )
         self._authenticate = authenticate
-        self._on_event = on_event
+        self._caller_of = caller_of
+        self.on_event = on_event
         self._on_open = on_open
+        self._frame_max_bytes = frame_max_bytes
         self._on_close = on_close
-        self._connect_timeout_s = connect_timeout_s
+        self.connect_timeout_s = connect_timeout_s
+        self.ping_interval_s, self.ping_timeout_s = ping_interval_s, ping_timeout_s
+        self.slow_bytes, self.queue_max_bytes, self.slow_max_s = slow_bytes, queue_max_bytes, slow_max_s
+        self._messages_queued_max = messages_queued_max
+        self.wheel = Wheel()
         self.connections: dict[str, Connection] = {}
         """By Engine.IO session id."""
         self.on("connect", self._connected, namespace=NAMESPACE)
@@ -192,20 +207,71 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
     def _engineio_server_class(self) -> type[engineio.AsyncServer]:
         return _EngineServer
 
+    @property
+    def sessions(self) -> int:
+        """How many lean WebSockets are open: the HTTP side does not know of them any more."""
+        return sum(isinstance(socket, Session) for socket in self.eio.sockets.values())
+
+    def takes(self, request: web.Request) -> bool:
+        """Whether the request opens a session on a WebSocket at once, without polling first."""
+        return (
+            "sid" not in request.query
+            and request.query.get("EIO") == "4"
+            and request.query.get("transport") == "websocket"
+            and is_handshake(request)
+        )
+
+    def take(self, request: web.Request) -> None:
+        """Take the request's connection over as a session of its own; see server/realtime/websocket.py."""
+        sid = self.eio.generate_id()
+        session = Session(self, sid, self._frame_max_bytes, self._caller_of(request))
+        greeting = {
+            "sid": sid,
+            "upgrades": [],
+            "pingInterval": self.ping_interval_s * 1000,
+            "pingTimeout": self.ping_timeout_s * 1000,
+            "maxPayload": self._frame_max_bytes,
+        }
+        session.open(request, b"0" + msgspec.json.encode(greeting))
+        self.eio.sockets[sid] = session
+        self.environ[sid] = {}
+
+    async def on_packet(self, session: Session, packet: str) -> None:
+        """A lean session has read a Socket.IO packet that is not an event of a connected client."""
+        await self._handle_eio_message(session.sid, packet)
+
+    async def on_gone(self, session: Session, reason: str) -> None:
+        """A lean session's connection has ended."""
+        await super()._handle_eio_disconnect(session.sid, reason)
+        self.eio.sockets.pop(session.sid, None)
+        session.connection = None
+
+    def _wire(self, eio_sid: str) -> Session | Polled | None:
+        socket = self.eio.sockets.get(eio_sid)
+        if socket is None or isinstance(socket, Session):
+            return socket
+        return Polled(socket, self._messages_queued_max)
+
     async def _connected(self, sid: str, environ: dict[str, Any], auth: object = None) -> None:
         eio_sid = self.manager.eio_sid_from_sid(sid, NAMESPACE)
-        socket = self.eio.sockets[eio_sid]
+        wire = self._wire(eio_sid)
+        assert wire is not None
+        caller = wire.caller if isinstance(wire, Session) else self._caller_of(environ["aiohttp.request"])
         try:
-            actor = await self._authenticate(auth, environ["aiohttp.request"])
+            actor = await self._authenticate(auth, caller)
         except Unavailable as refusal:
             # refused for now: a closed transport makes the client come back, a CONNECT_ERROR would not
-            socket.queue.put_nowait(None)
+            wire.hang_up()
             raise socketio.exceptions.ConnectionRefusedError(refusal.detail) from None
         except Refused as refusal:
             raise socketio.exceptions.ConnectionRefusedError(
                 refusal.detail, {"code": refusal.code, "message": refusal.detail, **refusal.fields}
             ) from None
-        self.connections[eio_sid] = connection = Connection(sid, socket, actor)
+        if wire.gone:
+            raise socketio.exceptions.ConnectionRefusedError("gone")
+        self.connections[eio_sid] = connection = Connection(sid, wire, actor)
+        if isinstance(wire, Session):
+            wire.connection = connection
         self._on_open(connection)
 
     async def _disconnected(self, sid: str, reason: str) -> None:
@@ -215,8 +281,8 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
             self._on_close(connection)  # calls that are being worked on go on: a status change is not taken back
 
     async def _handle_eio_disconnect(self, eio_sid: str, reason: str) -> None:
-        """A session has ended. Replaces the library's method, which leaves a poll that waits hanging until the ping times
-        out: the client waits for it, and so does a drain."""
+        """A session has ended. Replaces the library's method, which leaves a poll that waits hanging until the ping
+        times out: the client waits for it, and so does a drain."""
         socket = self.eio.sockets.get(eio_sid)
         await super()._handle_eio_disconnect(eio_sid, reason)
         if socket is not None and not socket.upgraded:
@@ -231,7 +297,7 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
     async def _handle_eio_connect(self, eio_sid: str, environ: dict[str, Any]) -> None:
         """A transport was opened: whoever stands behind it has until the deadline to say who it is."""
         await super()._handle_eio_connect(eio_sid, environ)
-        asyncio.get_running_loop().call_later(self._connect_timeout_s, self._end_if_unconnected, eio_sid)
+        asyncio.get_running_loop().call_later(self.connect_timeout_s, self._end_if_unconnected, eio_sid)
 
     def _end_if_unconnected(self, eio_sid: str) -> None:
         if eio_sid not in self.connections and eio_sid in self.eio.sockets:
@@ -294,24 +360,21 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
             self._refuse_packet(eio_sid, code="unauthenticated", number=packet.id)
             return
         name, *args = packet.data
-        await self._on_event(connection, name, args, packet.id)
+        self.on_event(connection, name, args, packet.id)
+        while isinstance(connection.wire, Polled) and connection.wire.held:
+            await asyncio.wait(connection.calls, return_when="FIRST_COMPLETED")
 
     def _refuse_packet(self, eio_sid: str, code: str = "malformed", number: int | None = None) -> None:
         """Tell the client why, then end the transport: after a packet that is not understood nothing can be."""
-        socket = self.eio.sockets.get(eio_sid)
-        if socket is None or socket.closed:
+        wire = self._wire(eio_sid)
+        if wire is None:
             return
         message = "Send CONNECT first." if code == "unauthenticated" else "This is not a Socket.IO packet."
         error = {"code": code, "message": message}
         if number is not None:
-            socket.queue.put_nowait(acknowledgement(number, msgspec.json.encode({"ok": False, "error": error})))
+            wire.send_frame(acknowledgement(number, msgspec.json.encode({"ok": False, "error": error})))
         if eio_sid in self.connections:
             self.connections[eio_sid].emit("disconnected", Disconnected(code=code))
         else:
-            told = msgspec.json.encode({"message": message, "data": error}).decode()
-            socket.queue.put_nowait(_text(f"4{told}"))
-        socket.queue.put_nowait(None)
-
-
-def _text(text: str) -> Frame:
-    return eio_packet.Packet(eio_packet.MESSAGE, text)
+            wire.send_frame(Frame("4" + msgspec.json.encode({"message": message, "data": error}).decode()))
+        wire.hang_up()

@@ -172,6 +172,7 @@ class Rooms(Generic[EntryT]):
         member.pending = False
         for kept in room.recent:
             self._give(member, kept)
+        self._show_early(room)
         if room.heard > room.top:
             self._missing(room.key)
 
@@ -190,6 +191,8 @@ class Rooms(Generic[EntryT]):
         until `timeout_s` is over or the instance drains. `look` returns (enough, top).
         """
         room = self._open(key)
+        here = asyncio.get_running_loop().create_future()
+        room.waiters.add(here)  # or the room ends when its members leave before the first look
         try:
             async with asyncio.timeout(timeout_s):
                 await self.listening(room, timeout_s)
@@ -208,6 +211,7 @@ class Rooms(Generic[EntryT]):
         except TimeoutError:
             return
         finally:
+            room.waiters.discard(here)
             self._close_if_empty(room)
 
     def close(self) -> None:
@@ -251,7 +255,7 @@ class Rooms(Generic[EntryT]):
         if room is None:
             return
         if epoch != room.epoch:
-            if epoch > room.known_at:
+            if epoch > room.known_at and (room.early is None or (epoch, ts) > room.early[:2]):
                 room.early = (epoch, ts, origin, payload)
             return
         if room.position is not None and room.position[0] >= ts:
@@ -260,7 +264,7 @@ class Rooms(Generic[EntryT]):
         frame = self._position_frame_of(payload)
         for member in room.members.values():
             if not member.pending and member.connection.id != origin:
-                member.connection.send(frame)
+                member.connection.send_latest(key, frame)
 
     def _deliver(self, room: Room[EntryT], entry: EntryT) -> None:
         room.top = entry.seq
@@ -270,6 +274,9 @@ class Rooms(Generic[EntryT]):
         for member in room.members.values():
             self._give(member, kept)
         _wake_all(room)
+        self._show_early(room)
+
+    def _show_early(self, room: Room[EntryT]) -> None:
         if room.early is not None and room.early[0] == room.epoch:
             early, room.early = room.early, None
             self.hear_position(room.key, *early)

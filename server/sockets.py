@@ -441,7 +441,8 @@ class Sockets:
         if (actor.sub, actor.role) != (connection.actor.sub, connection.actor.role):
             raise Forbidden("The new token belongs to somebody else.")
         connection.actor = actor
-        self._noticed.discard(connection.id)
+        if actor.exp > time.time() + self._settings.token_expiry_notice_s:
+            self._noticed.discard(connection.id)  # else the notice that was given still stands
         for key in list(connection.keys):
             if not actor.reaches(key):
                 self._close_subscription(connection, key, "revoked")

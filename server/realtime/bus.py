@@ -49,14 +49,14 @@ class _Link(asyncio.Protocol):
         self._on_push = on_push
         self._loop = asyncio.get_running_loop()
         self.closed = self._loop.create_future()
-        self.heard = True
-        """Whether anything came in since this was last set to False."""
+        self.heard = asyncio.Event()
+        """Set when anything comes in, and at the end."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        self.heard = True
+        self.heard.set()
         self._reader.feed(data)
         while True:
             try:
@@ -76,6 +76,7 @@ class _Link(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         if not self.closed.done():
             self.closed.set_result(None)
+        self.heard.set()
         waiting, self._waiting = self._waiting, deque()
         for answer in waiting:
             if answer is not None:
@@ -220,20 +221,18 @@ class Bus:
             raise BusAway("the connection to Redis was lost")
 
     async def _watch(self) -> None:
-        """Ping both links; return when one is closed or stays silent."""
+        """Ping both links; return when one is closed. Raises TimeoutError: one stays silent."""
         commands, subscriber = self._commands, self._subscriber
         assert commands is not None
         assert subscriber is not None
         links = (commands, subscriber)
         while not (commands.closed.done() or subscriber.closed.done()):
             for link in links:
-                link.heard = False
+                link.heard.clear()
                 link.send(["PING"])
-            await asyncio.wait(
-                (commands.closed, subscriber.closed), timeout=self._timeout_s, return_when="FIRST_COMPLETED"
-            )
-            if not all(link.heard for link in links):
-                return
+            async with asyncio.timeout(self._timeout_s):
+                for link in links:
+                    await link.heard.wait()
             await asyncio.wait(
                 (commands.closed, subscriber.closed), timeout=self._ping_interval_s, return_when="FIRST_COMPLETED"
             )
@@ -243,10 +242,10 @@ class Bus:
             if link is not None:
                 link.abort()
         self._commands = self._subscriber = None
+        self._release_waiters()
         if self.up:
             self.up = False
             log.warning("bus_away")
-            self._release_waiters()
             self._on_change()
 
     async def _open(self, on_push: Callable[[Any], None] | None) -> _Link:
@@ -263,13 +262,17 @@ class Bus:
                 )
         # greet as a plain connection: a subscriber gets its answers as pushes only after its first SUBSCRIBE
         link._on_push = None
-        if parts.password:
-            credentials = [unquote(part) for part in (parts.username, parts.password) if part]
-            await link.call("AUTH", *credentials, timeout_s=self._timeout_s)
-        number = query.get("db", [parts.path.strip("/") if parts.scheme != "unix" else ""])[0]
-        if number and number != "0":
-            await link.call("SELECT", number, timeout_s=self._timeout_s)
-        await link.call("PING", timeout_s=self._timeout_s)
+        try:
+            if parts.password:
+                credentials = [unquote(part) for part in (parts.username, parts.password) if part]
+                await link.call("AUTH", *credentials, timeout_s=self._timeout_s)
+            number = query.get("db", [parts.path.strip("/") if parts.scheme != "unix" else ""])[0]
+            if number and number != "0":
+                await link.call("SELECT", number, timeout_s=self._timeout_s)
+            await link.call("PING", timeout_s=self._timeout_s)
+        except BaseException:
+            link.abort()
+            raise
         link._on_push = on_push
         return link
 
@@ -300,7 +303,7 @@ class Bus:
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         if channel in self._confirmed:
             future.set_result(True)
-        elif not self.up:
+        elif self._subscriber is None:
             self._wanted[channel] = None
             future.set_result(False)
         else:

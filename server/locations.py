@@ -142,7 +142,7 @@ class Locations:
             raise
         except Refused as refusal:
             metrics.positions.labels(refusal.code).inc()
-            if actor.reaches(order_id):
+            if actor.role is Role.AGENT and actor.reaches(order_id):
                 self._remember((actor.sub, order_id), _Refusal(refusal, time.monotonic() + self._refusal_s))
             raise
         last = await self._lane.known(order_id)

@@ -314,8 +314,10 @@ class Sockets:
                 raise Malformed("The arguments are not JSON.")
             payload = convert(argument, handler.payload)
             if handler.run is Sockets.update_location and number is None:
-                # the hot path: an agent that wants no answer is worth no task
-                if self._locations.accept_at_once(connection.actor, payload.order_id, payload, connection.id):
+                # the hot path: an agent that wants no answer is worth no task; but it overtakes none
+                if payload.order_id not in connection.last_calls and self._locations.accept_at_once(
+                    connection.actor, payload.order_id, payload, connection.id
+                ):
                     return
         except Refused as refusal:
             if counts and not isinstance(refusal, RateLimited):

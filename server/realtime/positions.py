@@ -51,8 +51,8 @@ class _Slot:
 
     def __init__(self) -> None:
         self.due: asyncio.TimerHandle | None = None
-        self.newest: tuple[float, Callable[[], None]] | None = None
-        """Its ts, and what shows it."""
+        self.newest: tuple[tuple[int, float], Callable[[], None]] | None = None
+        """Its assignment and ts, and what shows it."""
 
 
 class PositionLane:
@@ -81,9 +81,14 @@ class PositionLane:
             self._publish(key, assignment, ts, payload, origin, answer)
             slot.due = asyncio.get_running_loop().call_later(self._min_interval_s, self._turn, key, slot)
             return
-        if slot.newest is None or slot.newest[0] <= ts:
-            slot.newest = (ts, lambda: self._publish(key, assignment, ts, payload, origin, _ignore))
-        answer(HELD)
+        if slot.newest is None or slot.newest[0] <= (assignment, ts):
+            slot.newest = ((assignment, ts), lambda: self._publish(key, assignment, ts, payload, origin, _ignore))
+
+        def held(closed: object) -> None:
+            ended = isinstance(closed, bytes) and assignment <= int(closed)
+            answer(CLOSED if ended else closed if isinstance(closed, Exception) else HELD)
+
+        self._bus.send(("GET", _closed_key(key)), held)  # or whoever pushes faster than the interval never learns it
 
     def _turn(self, key: str, slot: _Slot) -> None:
         if slot.newest is None:

@@ -296,6 +296,7 @@ class Sockets:
         for connection in list(self.engine.connections.values()):
             connection.emit("serverDraining", ServerDraining(retry_in_ms=retry_in_ms))
             connection.hang_up()
+        self.engine.end_unconnected()
 
     # what clients send
 

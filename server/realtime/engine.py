@@ -199,6 +199,8 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         self.slow_bytes, self.queue_max_bytes, self.slow_max_s = slow_bytes, queue_max_bytes, slow_max_s
         self._messages_queued_max = messages_queued_max
         self.wheel = Wheel()
+        self.sessions = 0
+        """How many lean WebSockets are open: the HTTP side does not know of them any more."""
         self.connections: dict[str, Connection] = {}
         """By Engine.IO session id."""
         self.on("connect", self._connected, namespace=NAMESPACE)
@@ -206,11 +208,6 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
 
     def _engineio_server_class(self) -> type[engineio.AsyncServer]:
         return _EngineServer
-
-    @property
-    def sessions(self) -> int:
-        """How many lean WebSockets are open: the HTTP side does not know of them any more."""
-        return sum(isinstance(socket, Session) for socket in self.eio.sockets.values())
 
     def takes(self, request: web.Request) -> bool:
         """Whether the request opens a session on a WebSocket at once, without polling first."""
@@ -233,6 +230,7 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
             "maxPayload": self._frame_max_bytes,
         }
         session.open(request, b"0" + msgspec.json.encode(greeting))
+        self.sessions += 1
         self.eio.sockets[sid] = session
         self.environ[sid] = {}
 
@@ -242,6 +240,7 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
 
     async def on_gone(self, session: Session, reason: str) -> None:
         """A lean session's connection has ended."""
+        self.sessions -= 1
         await super()._handle_eio_disconnect(session.sid, reason)
         self.eio.sockets.pop(session.sid, None)
         session.connection = None
@@ -303,6 +302,15 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         if eio_sid not in self.connections and eio_sid in self.eio.sockets:
             metrics.connections_cut.labels("connect").inc()
             self.start_background_task(self._end_transport, eio_sid)
+
+    def end_unconnected(self) -> None:
+        """A drain: whoever has not said yet who it is shall say it elsewhere."""
+        for eio_sid in self.eio.sockets.keys() - self.connections.keys():
+            socket = self.eio.sockets[eio_sid]
+            if isinstance(socket, Session):
+                socket.hang_up()
+            else:
+                self.start_background_task(self._end_transport, eio_sid)
 
     async def _end_transport(self, eio_sid: str) -> None:
         """Close a transport, whether or not anybody is at its other end."""

@@ -81,14 +81,13 @@ class Session(WebSocket):
         self._transport.set_write_buffer_limits(high=self._engine.slow_bytes)
         self.write(encode(TEXT, greeting))
         self._engine.wheel.after(self._engine.connect_timeout_s, self._check_connected)
+        self._engine.wheel.after(self._engine.ping_interval_s, self._ping)
 
     # liveness
 
     def _check_connected(self) -> None:
         if self.connection is None and not self.closing:
             self._cut("no_connect")
-        else:
-            self._engine.wheel.after(self._engine.ping_interval_s, self._ping)
 
     def _ping(self) -> None:
         if not self.closing:

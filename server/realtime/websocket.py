@@ -173,9 +173,7 @@ class WebSocket(asyncio.Protocol):
         elif opcode == CLOSE:
             if not self.closing:
                 self.write(encode(CLOSE, payload[:2]))
-            self.closing = True
-            if self._transport is not None:
-                self._transport.close()
+            self._end()
         elif opcode != PONG:
             self._fail(PROTOCOL_ERROR)
 
@@ -211,8 +209,14 @@ class WebSocket(asyncio.Protocol):
         if self._transport is not None:
             if not self.closing:
                 self._transport.write(encode(CLOSE, code.to_bytes(2)))
-            self.closing = True
+            self._end()
+
+    def _end(self) -> None:
+        """Close the transport after what was sent, for which a peer that reads nothing has CLOSE_TIMEOUT_S."""
+        self.closing = True
+        if self._transport is not None:
             self._transport.close()
+            asyncio.get_running_loop().call_later(CLOSE_TIMEOUT_S, self.abort)
 
 
 def _unmask(mask: bytes, payload: bytes) -> bytes:

@@ -267,7 +267,8 @@ async def test_ten_thousand_subscriptions_on_one_socket(fleet: Fleet) -> None:
     refused = [answer["error"] for answer in heard if not answer["ok"]]
     assert {error["code"] for error in refused} == {"rate_limited"}
     assert all(error["retryAfterMs"] > 0 for error in refused)
-    assert any("watches 50 orders" in error["message"] for error in refused), "the count of subscriptions"
+    watches = [error["message"] for error in refused if "watches 50" in error["message"]]
+    assert watches, f"the count of subscriptions: {len(heard)} {len(refused)} {heard[:3]} {refused[:3]} {refused[-3:]}"
     assert any("a minute" in error["message"] for error in refused), "the rate of events"
     assert len(heard) - len(refused) <= 410
     assert rss_mib(instance) - before < GROWTH_MAX_MIB
@@ -305,7 +306,7 @@ async def test_fifty_thousand_junk_events_on_one_socket(fleet: Fleet) -> None:
 
 
 async def test_a_socket_that_asks_and_never_reads_is_read_no_further(fleet: Fleet) -> None:
-    instance = await fleet.start(WRITE_TIMEOUT_MS="1500", ANSWERS_QUEUED_PER_SOCKET_MAX="100")
+    instance = await fleet.start(SLOW_MAX_S="2")
     before = rss_mib(instance)
     reader, writer = await asyncio.open_connection("127.0.0.1", instance.port, limit=2**16)
     writer.write(
@@ -326,7 +327,7 @@ async def test_a_socket_that_asks_and_never_reads_is_read_no_further(fleet: Flee
                 await writer.drain()
     assert time.monotonic() - began < 25, "it was cut off"
     assert rss_mib(instance) - before < GROWTH_MAX_MIB
-    assert await metric(instance, 'waybill_connections_cut_total{why="unread"}') == 1
+    assert await metric(instance, 'waybill_connections_cut_total{why="slow') == 1
 
 
 def masked(text: str) -> bytes:

@@ -17,6 +17,7 @@ from models.user import Actor, Role
 from server.edges import Edges, _plain, protect
 from server.embedded import DataServers
 from server.limits import SPEND, STANDING, Limits
+from server.realtime import websocket
 from server.realtime.bus import Bus
 from server.settings import CannotStart, Settings, load
 
@@ -283,3 +284,29 @@ def test_a_page_keeps_its_own_policy_and_is_framed_by_nobody() -> None:
 def test_a_wrong_setting_is_a_sentence_at_start(name: str, value: str, words: str) -> None:
     with pytest.raises(CannotStart, match=words):
         load({name: value})
+
+
+# sockets that end
+
+
+async def test_a_broken_socket_whose_client_reads_nothing_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(websocket, "CLOSE_TIMEOUT_S", 0.05)
+    aborted = asyncio.Event()
+
+    class Unread(asyncio.Transport):
+        """What was written never leaves, so closing it never ends."""
+
+        def write(self, data: object) -> None: ...
+
+        def close(self) -> None: ...
+
+        def abort(self) -> None:
+            aborted.set()
+
+    for frame in (b"\x88\x80\0\0\0\0", b"\xff\x80\0\0\0\0"):  # goodbye, and what is no frame
+        aborted.clear()
+        socket = websocket.WebSocket(1000)
+        socket._transport = Unread()
+        socket.data_received(frame)
+        async with asyncio.timeout(1):
+            await aborted.wait()

@@ -12,6 +12,7 @@ from pathlib import Path
 import asyncpg
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -33,7 +34,10 @@ def head() -> str:
 
 
 async def migrate(database_url: str) -> None:
-    """Apply what is missing, in one transaction. Several processes may call this at once."""
+    """Apply what is missing, in one transaction; a schema newer than this code is left as it is.
+
+    Several processes may call this at once.
+    """
     engine = create_async_engine(
         "postgresql+asyncpg://",
         async_creator=lambda **_: asyncpg.connect(database_url, statement_cache_size=0),
@@ -50,6 +54,9 @@ async def migrate(database_url: str) -> None:
 
 
 def _upgrade(connection: Connection) -> None:
+    there = MigrationContext.configure(connection).get_current_revision()
+    if there is not None and there > head():
+        return  # a newer release has been here
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["connection"] = connection

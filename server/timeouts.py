@@ -79,6 +79,8 @@ class Site(web.BaseSite):
             keepalive_timeout=self._limits.keep_alive_timeout_s,
             lingering_time=LINGER_S,
             access_log=None,
+            auto_decompress=False,  # an encoded body is refused by `read_json`, not unpacked to be thrown away
+            max_field_size=2 * max(self._limits.token_max_bytes, 4096),  # too long a token gets its refusal
         )
 
 

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import jsonschema_rs
 
 from server import asyncapi, openapi
+from server.rest import UUID
 
 JsonSchema = dict[str, Any]
 
@@ -54,7 +55,7 @@ class Judge:
 def _rest() -> tuple[Judge, list[tuple[re.Pattern[str], str, Mapping[str, Any]]]]:
     document = openapi.document()
     paths = [
-        (re.compile(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path))), path, operations)
+        (re.compile(re.sub(r"\\{\w+\\}", UUID, re.escape(path))), path, operations)
         for path, operations in sorted(document["paths"].items(), key=lambda one: one[0].count("{"))
     ]
     return Judge(document), paths
@@ -74,8 +75,9 @@ def _response(method: str, path: str, status: int) -> tuple[str, Mapping[str, An
                 response = components[response["$ref"].rsplit("/", 1)[1]]
             return template, response
     if known:
-        return "a method that is not there", components["MethodNotAllowed"] if status == 405 else None
-    return "no route", components["NotFound"] if status == 404 else None
+        name = {400: "Malformed", 405: "MethodNotAllowed"}.get(status, "")
+        return "a method that is not there", components.get(name)
+    return "no route", components.get({400: "Malformed", 404: "NotFound"}.get(status, ""))
 
 
 def check_reply(method: str, address: str, status: int, headers: Mapping[str, str], body: Any) -> None:

@@ -30,7 +30,7 @@ h3{margin:2.2rem 0 .3rem;font-size:1.05rem}p{margin:.4rem 0 .8rem;max-width:46re
 a{color:var(--link);text-decoration:none}a:hover{text-decoration:underline}
 code,pre{font:.86em/1.5 ui-monospace,Menlo,Consolas,monospace}code{background:var(--tint);padding:.1em .35em;
 border-radius:4px}pre{background:var(--tint);padding:.8rem;border-radius:6px;overflow-x:auto;margin:.4rem 0}
-h3 code{background:none;padding:0;font-size:1rem}b.verb{display:inline-block;min-width:3.9rem;font-size:.8rem;
+h3 code{background:none;padding:0;font-size:1rem}b.verb{display:inline-block;min-width:4.4rem;font-size:.8rem;
 letter-spacing:.04em;color:var(--soft)}
 table{border-collapse:collapse;width:100%;margin:.5rem 0;font-size:.93rem}
 td,th{text-align:left;vertical-align:top;padding:.35rem .9rem .35rem 0;border-bottom:1px solid var(--line)}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests import documents
 from tests.harness import ROOT, Instance, until
 
 CLIENTS = ROOT / "tests" / "clients"
@@ -25,6 +26,7 @@ class OfficialSocket:
     def __init__(self, node: Node, name: str) -> None:
         self._node, self._name = node, name
         self._calls = itertools.count(1)
+        self._asked: dict[int, str] = {}
         self.seen: list[Record] = []
 
     def tell(self, do: str, **more: Any) -> None:
@@ -33,12 +35,21 @@ class OfficialSocket:
     def start(self, event: str, payload: Any = None) -> int:
         """Send an event whose answer is awaited later, with `answer`."""
         call = next(self._calls)
+        self._asked[call] = event
         self.tell("emit", call=call, event=event, args=[payload])
         return call
 
     def send(self, event: str, payload: Any = None) -> None:
         """Send an event that nobody answers."""
         self.tell("send", event=event, args=[payload])
+
+    def undocumented(self) -> list[str]:
+        """What the server said otherwise than its documents."""
+        wrong = [fault for name, payload in self.heard() for fault in documents.heard_wrongly(name, payload)]
+        for record in self.seen:
+            if record["what"] == "ack":
+                wrong += documents.answered_wrongly(self._asked[record["call"]], *record["args"])
+        return wrong
 
     async def answer(self, call: int) -> Any:
         found = await self.sees("ack", call=call)
@@ -157,6 +168,8 @@ class Node:
             await self._process.wait()
             raise
         assert (code, complaints) == (0, ""), f"driver.js ended with {code}: {complaints}"
+        for socket in self._sockets.values():
+            assert not socket.undocumented(), socket.undocumented()
 
     async def _read(self) -> None:
         assert self._process.stdout is not None

@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 
+from tests import documents
 from tests.harness import Instance, until
 
 
@@ -39,6 +40,16 @@ class Wire:
         await self._socket.close()
         await self._reading
         await self._session.close()
+        undocumented = [
+            wrong
+            for kind, what, payload in self.frames
+            for wrong in (
+                documents.answered_wrongly(self.asked[what][0], payload)
+                if kind == "answer"
+                else documents.heard_wrongly(what, payload)
+            )
+        ]
+        assert not undocumented, undocumented
 
     async def _read(self) -> None:
         async for message in self._socket:

@@ -7,13 +7,15 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
+from functools import cache
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import msgspec
 import structlog
 from aiohttp import hdrs, web
 from msgspec import Meta
+from msgspec import inspect as info
 
 from handlers import links, orders, users
 from handlers.context import Tx
@@ -51,6 +53,10 @@ API = "/api/v1"
 RETRY_AFTER_MS = 1000
 """When to come back after a refusal that does not know it better."""
 
+UUID = "[0-9a-f-]{36}"
+"""How ids look in a path. /orders/quote is no order: it has another method, and says so."""
+
+INTEGER = re.compile(r"-?[0-9]{1,20}")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -424,7 +430,8 @@ ROUTES = [
 
 def add_routes(app: web.Application, rest: Rest) -> None:
     for route in ROUTES:
-        app.router.add_route(route.method, API + route.path, _bound(route, rest))
+        path = API + re.sub(r"\{(order_id|link_id)\}", rf"{{\1:{UUID}}}", route.path)
+        app.router.add_route(route.method, path, _bound(route, rest))
 
 
 def _bound(route: Route, rest: Rest) -> Handler:
@@ -458,12 +465,33 @@ async def read_json(request: web.Request) -> bytes:
         raise Malformed("The body is cut off, or is not what its headers say.") from None
 
 
-def query(request: web.Request, type_: type[Any]) -> Any:
+def query(request: web.Request, type_: Any) -> Any:
     """The query parameters as a command. A repeated parameter is malformed."""
     given = request.query
     if len(set(given)) != len(given):
         raise Malformed("A query parameter is given twice.")
-    return convert(dict(given), type_, strict=False)
+    # only what is an integer by its type is read as one: msgspec's lax mode also takes `1e1`, and 0 for a time
+    integers = _integers(type_)
+    read = {
+        name: int(value) if name in integers and INTEGER.fullmatch(value) else value for name, value in given.items()
+    }
+    return convert(read, type_)
+
+
+@cache
+def _integers(type_: Hashable) -> frozenset[str]:
+    """The members of a command that are integers."""
+    command = info.type_info(type_)
+    assert isinstance(command, info.StructType)
+    return frozenset(field.encode_name for field in command.fields if _is_integer(field.type))
+
+
+def _is_integer(type_: info.Type) -> bool:
+    if isinstance(type_, info.Metadata):
+        return _is_integer(type_.type)
+    if isinstance(type_, info.UnionType):
+        return any(_is_integer(one) for one in type_.types)
+    return isinstance(type_, info.IntType)
 
 
 def error_page(kind: type[Refused]) -> str:

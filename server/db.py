@@ -113,7 +113,8 @@ class Transaction:
                 await (block.rollback() if failed else block.commit())
         except _GONE as error:
             _terminate(connection)
-            raise self._database.lost(error) from error
+            if not failed:  # else it may be an echo: of a caller that hung up during `begin`, say
+                raise self._database.lost(error) from error
         except BaseException:
             _terminate(connection)
             raise
@@ -189,8 +190,7 @@ class Database:
         try:
             yield tx
         except BaseException:
-            with contextlib.suppress(Unavailable):
-                await tx.finish(failed=True)
+            await tx.finish(failed=True)
             raise
         await tx.finish(failed=False)
 
@@ -210,7 +210,10 @@ class Database:
 
     async def release(self, connection: Any) -> None:
         if self._pool is not None:
-            await self._pool.release(connection)
+            try:
+                await self._pool.release(connection)
+            except _GONE as error:
+                self.lost(error)  # its statement was cancelled, and Postgres did not even say that it has heard
 
     def lost(self, error: BaseException) -> Unavailable:
         if self.gone_since is None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import asyncpg
+import psutil
 import pytest
 from yarl import URL
 
@@ -23,6 +24,9 @@ from server.embedded import DataServers
 from server.settings import Settings
 from tests.harness import ORDER, SERVICE, SOON_S, Fleet, Instance, Reply, token
 from tests.shared import REFUSALS, LogReader, everything, refusal, shared_fleet
+
+GROWTH_MAX_BYTES = 16 * 1024 * 1024
+"""What the second half of the made-up bodies may add to the server's memory."""
 
 FUZZ_S = 15.0
 """How long bodies are made up; FUZZ_SEED in the environment repeats a run."""
@@ -700,7 +704,8 @@ def made_up(chance: random.Random, template: Any) -> bytes:
 
 
 async def test_made_up_bodies(target: Door) -> None:
-    """Whatever is sent, the answer is one of the contract's, and every order's events stay numbered without a hole."""
+    """Whatever is sent, the answer is one of the contract's, every order's events stay numbered without a hole, and the
+    server does not grow."""
     seed = int(os.environ.get("FUZZ_SEED") or random.SystemRandom().randrange(2**32))
     print(f"FUZZ_SEED={seed}")  # noqa: T201  # shown when the test fails
     instance, sent, deadline = target.instance, 0, time.monotonic() + FUZZ_S
@@ -726,9 +731,18 @@ async def test_made_up_bodies(target: Door) -> None:
                     order_id = (await instance.place())["id"]
             sent += 1
 
+    async def warm_rss_bytes() -> int:
+        await asyncio.sleep(FUZZ_S / 2)
+        return rss_bytes()
+
+    def rss_bytes() -> int:
+        return int(psutil.Process(instance.process.pid).memory_info().rss)
+
     async with aiohttp.ClientSession() as session:
+        warm = asyncio.create_task(warm_rss_bytes())
         await asyncio.gather(*(fuzz(random.Random(f"{seed}/{number}"), session) for number in range(6)))
     assert sent > 100
+    assert rss_bytes() - await warm < GROWTH_MAX_BYTES, seed
     target.log.check_quiet()
     holes = await target.tables.fetch(
         "select o.id from orders o where o.seq <> (select count(*) from order_events e where e.order_id = o.id)"

@@ -62,7 +62,7 @@ class Wire(Protocol):
 class Connection:
     """A Socket.IO session on the default namespace."""
 
-    __slots__ = ("actor", "calls", "hang_up", "id", "keys", "last_calls", "send", "send_latest", "wire")
+    __slots__ = ("actor", "calls", "hang_up", "id", "keys", "last_calls", "left", "send", "send_latest", "wire")
 
     def __init__(self, id_: str, wire: Wire, actor: Actor) -> None:
         self.id = id_
@@ -71,6 +71,8 @@ class Connection:
         self.send = wire.send_frame
         self.send_latest = wire.send_latest
         self.hang_up = wire.hang_up
+        self.left = False
+        """Whether the session has ended; its transport may live on."""
         self.keys: set[str] = set()
         """The rooms that it is in."""
         self.calls: set[asyncio.Task[None]] = set()
@@ -80,7 +82,7 @@ class Connection:
 
     @property
     def gone(self) -> bool:
-        return self.wire.gone
+        return self.left or self.wire.gone
 
     def emit(self, event: str, payload: object) -> None:
         self.send(frame(event, msgspec.json.encode(payload)))

@@ -21,6 +21,7 @@ import structlog
 from aiohttp import WSMsgType, web
 from engineio import packet as eio_packet
 from engineio.async_drivers.aiohttp import translate_request
+from engineio.payload import Payload
 from socketio import packet as sio_packet
 
 from models.errors import Malformed, Refused, TooLarge, Unavailable
@@ -34,6 +35,9 @@ from server.realtime.websocket import is_handshake
 log = structlog.get_logger()
 
 NAMESPACE = "/"
+
+POLLED = (eio_packet.CLOSE, eio_packet.PONG, eio_packet.MESSAGE, eio_packet.UPGRADE)
+"""Engine.IO packets that a client may send by polling."""
 
 
 class Unreadable:
@@ -112,30 +116,38 @@ class _Body:
         return self._body[:length]
 
 
-async def _translate(request: web.Request) -> dict[str, Any]:
-    """A request as the library wants it: with its whole body, read within the limits of any request."""
-    environ: dict[str, Any] = translate_request(request)
-    if request.method == "POST":
-        try:
-            body = await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            raise TooLarge("The body is larger than this server takes.") from None
-        except web.RequestPayloadError:
-            raise Malformed("The body is cut off, or is not what its headers say.") from None
-        environ |= {"wsgi.input": _Body(body), "CONTENT_LENGTH": str(len(body))}
-    return environ
-
-
 class _EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # the library is not typed
     """Engine.IO whose errors say what to do."""
 
     def __init__(self, *args: Any, upgrade_timeout_s: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.upgrade_timeout_s = upgrade_timeout_s
-        self._async: dict[str, Any] = dict(self._async, websocket=_WebSocket, translate_request=_translate)
+        self._async: dict[str, Any] = dict(self._async, websocket=_WebSocket, translate_request=self._translate)
 
     def generate_id(self) -> str:
         return secrets.token_urlsafe(15)
+
+    async def _translate(self, request: web.Request) -> dict[str, Any]:
+        """A request as the library wants it: with its whole body, read within the limits of any request. A payload that
+        the library would answer with OK and a traceback in the log, or not before the next poll, is refused here."""
+        environ: dict[str, Any] = translate_request(request)
+        if request.method == "POST":
+            try:
+                body = await request.read()
+            except web.HTTPRequestEntityTooLarge:
+                raise TooLarge("The body is larger than this server takes.") from None
+            except web.RequestPayloadError:
+                raise Malformed("The body is cut off, or is not what its headers say.") from None
+            if len(body) > self.max_http_buffer_size:
+                raise TooLarge("The payload is larger than this server takes.")
+            try:
+                packets = Payload(encoded_payload=body.decode()).packets
+            except (ValueError, LookupError):
+                raise Malformed("The body is not a payload of Engine.IO.") from None
+            if any(packet.packet_type not in POLLED for packet in packets):
+                raise Malformed("The payload holds a packet that no client may send.")
+            environ |= {"wsgi.input": _Body(body), "CONTENT_LENGTH": str(len(body))}
+        return environ
 
     def _log_error_once(self, message: str, message_key: str) -> None:
         """A refused request is its client's fault, or that of an instance that is gone: no error of ours. The library's
@@ -277,6 +289,9 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         eio_sid = self.manager.eio_sid_from_sid(sid, NAMESPACE)
         connection = self.connections.pop(eio_sid, None)
         if connection is not None:
+            connection.left = True
+            if isinstance(connection.wire, Session):
+                connection.wire.connection = None
             self._on_close(connection)  # calls that are being worked on go on: a status change is not taken back
 
     async def _handle_eio_disconnect(self, eio_sid: str, reason: str) -> None:
@@ -321,6 +336,9 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
 
     async def _handle_eio_message(self, eio_sid: str, data: object) -> None:
         """An Engine.IO message has arrived. Replaces the library's method: what is not understood ends the session."""
+        wire = self._wire(eio_sid)
+        if wire is None or wire.gone:
+            return
         try:
             if not isinstance(data, str):
                 raise ValueError("binary or not a Socket.IO packet")

@@ -6,6 +6,7 @@ Both are what python-socketio expects of an Engine.IO socket, so its rooms, ackn
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
@@ -20,6 +21,9 @@ from server.realtime.websocket import GOING_AWAY, TEXT, WebSocket, encode
 
 ACK_DIGITS_MAX = 15
 """Longest acknowledgement number: what a JavaScript number counts exactly."""
+
+POLL_AGAIN_S = 1.0
+"""How long a client that polls may take to come for the last messages of a session that ends."""
 
 _decode = msgspec.json.Decoder(list[Any]).decode
 _PING = encode(TEXT, b"2")
@@ -237,7 +241,18 @@ class Polled:
         self.held = False
 
     def hang_up(self) -> None:
-        self._socket.queue.put_nowait(None)
+        if self._socket.upgraded:
+            self._socket.queue.put_nowait(None)
+        else:
+            self._socket.server.start_background_task(self._end_polling)
+
+    async def _end_polling(self) -> None:
+        """The session ends, not only a poll: when the client has taken what is queued, or does not come for it. It is
+        not told CLOSE, because the official client drops what came with that in one answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(POLL_AGAIN_S):
+                await self._socket.queue.join()
+        await self._socket.close(wait=False, abort=True)
 
 
 class Wheel:

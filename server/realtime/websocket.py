@@ -54,7 +54,7 @@ class WebSocket(asyncio.Protocol):
     def __init__(self, max_bytes: int) -> None:
         self._transport: asyncio.Transport | None = None
         self._buffer = b""
-        self._fragments: list[bytes] | None = None
+        self._fragments: tuple[int, bytearray] | None = None
         self._max_bytes = max_bytes
         self._held = 0
         self.closing = False
@@ -182,14 +182,14 @@ class WebSocket(asyncio.Protocol):
             self._fail(PROTOCOL_ERROR)
             return
         if self._fragments is None:
-            self._fragments = [bytes((opcode,))]
-        self._fragments.append(payload)
-        if sum(map(len, self._fragments)) - 1 > self._max_bytes:
+            self._fragments = opcode, bytearray()
+        kind, parts = self._fragments
+        parts += payload  # grows in place: a message may come in any number of crumbs
+        if len(parts) > self._max_bytes:
             self._fail(TOO_BIG)
         elif final:
-            kind, *parts = self._fragments
             self._fragments = None
-            self._message(kind[0], b"".join(parts))
+            self._message(kind, bytes(parts))
 
     def _message(self, opcode: int, payload: bytes) -> None:
         if self.closing:

@@ -492,6 +492,8 @@ class Sockets:
             room.learn_epoch(event.seq if agent else 0, event.seq)
             for member in list(room.members.values()):
                 actor = member.connection.actor
+                if member.mark >= event.seq:
+                    continue  # its snapshot is newer, and was permitted
                 if actor.role is Role.AGENT and (agent is None or agent["id"] != actor.sub):
                     self._close_subscription(member.connection, room.key, "reassigned")
         elif event.type == Type.STATUS and Status(event.data["status"]) in FINAL:

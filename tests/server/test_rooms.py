@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import pytest
@@ -15,10 +17,13 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from models.errors import Unavailable
+from models.event import Event, Type, event
 from models.user import Actor, Role
 from server.realtime.bus import Bus
 from server.realtime.connections import Connection, Frame, frame
 from server.realtime.rooms import Room, Rooms
+from server.settings import Settings
+from server.sockets import Sockets
 from tests.harness import until
 
 KEY = "order-1"
@@ -662,6 +667,48 @@ async def test_an_old_snapshot_does_not_bring_an_ended_assignment_back() -> None
     house.position(1, 100)
     house.position(2, 200)
     assert (late.positions(), watcher.positions()) == ([200], [200])
+
+
+# whom an assignment shuts out
+
+
+def assigned(seq: int, agent: str | None) -> Event:
+    body = json.dumps({"agent": {"id": agent} if agent else None}, separators=(",", ":"))
+    return event(KEY, seq, Type.ASSIGNED, dt.datetime(2026, 11, 21, tzinfo=dt.UTC), body)
+
+
+class Watch:
+    """The rooms of a real Socket.IO door, which no server serves."""
+
+    def __init__(self) -> None:
+        nothing: Any = SimpleNamespace(network_of=None)
+        self.sockets = Sockets(Settings(), nothing, nothing, cast(Bus, FakeBus()), nothing, nothing, nothing)
+
+    def agent(self, sub: str, seq: int) -> Client:
+        """A socket of this agent, whose snapshot of the order ends at `seq`."""
+        client = Client(f"socket of {sub}")
+        client.connection.actor = Actor(sub=sub, role=Role.AGENT, exp=2e9)
+        room, member = self.sockets.rooms.join(client.connection, KEY, "full")
+        self.sockets.rooms.settle(room, member, seq, seq)
+        return client
+
+
+async def test_an_agent_who_lost_the_order_is_shut_out_before_the_news() -> None:
+    watch = Watch()
+    client = watch.agent("a1", 2)
+    watch.sockets.rooms.hear(KEY, [assigned(3, "a2")])
+    assert client.read() == [("subscriptionClosed", {"orderId": KEY, "code": "reassigned"})]
+    assert client.connection.keys == set()
+
+
+async def test_an_agent_is_not_shut_out_by_what_was_before_its_snapshot() -> None:
+    """The room lags behind, because the bus is away: what arrives late is history to this agent."""
+    watch = Watch()
+    old = watch.agent("a0", 1)
+    new = watch.agent("a2", 3)
+    watch.sockets.rooms.hear(KEY, [assigned(2, "a1"), assigned(3, "a2"), assigned(4, "a2")])
+    assert [name for name, _ in old.read()] == ["subscriptionClosed"]
+    assert [(name, payload["seq"]) for name, payload in new.read()] == [("deliveryAgentAssigned", 4)]
 
 
 events = st.lists(

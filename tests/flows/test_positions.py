@@ -123,6 +123,7 @@ async def test_positions_flow_in_every_status_from_assignment_to_the_end(pair: P
             assert await push(agent, order_id, position) == "ok", status
             await shown(watcher, order_id, position)
         await b.move(order_id, "delivered")
+        await watcher.hears("orderDelivered", orderId=order_id)  # the other instance's word is on its way until then
         assert await push(agent, order_id, fix(next(steps))) == "order_closed"
 
 
@@ -163,10 +164,12 @@ async def test_a_subscriber_is_told_the_last_known_position(pair: Pair) -> None:
         async with Watcher(at, by) as watcher:
             return (await watcher.watch(order_id))["location"]
 
-    async with Watcher(a, AGENT) as agent:
+    async with Watcher(a, AGENT) as agent, Watcher(b, AGENT) as elsewhere:
         assert [await location(at) for at in pair] == [None, None]
+        assert await push(elsewhere, order_id, fix(2)) == "ok"
         assert await push(agent, order_id, fix(5, speed=3, battery=50)) == "ok"
-        assert await push(agent, order_id, fix(4)) == "ok"
+        for older, at in ((fix(4), agent), (fix(3), elsewhere)):
+            assert await push(at, order_id, older) == "ok"
         last = {"orderId": order_id, **fix(5, speed=3)}
         assert [await location(at, by) for at in pair for by in (CUSTOMER, guest, SERVICE, AGENT)] == [last] * 8
         assert await push(agent, order_id, fix(6)) == "ok"
@@ -485,8 +488,10 @@ async def test_thinning_does_not_hide_that_the_order_is_closed(fleet: Fleet) -> 
     a, b = await fleet.pair(LOCATION_MIN_INTERVAL_MS="60000")
     order_id = await riding(a)
     await a.move(order_id, "confirmed", "preparing", "ready", "out_for_delivery")
-    async with Watcher(a, AGENT) as agent:
+    async with Watcher(a, AGENT) as agent, Watcher(b, CUSTOMER) as watcher:
+        await watcher.watch(order_id)
         for step in (0, 1):
             assert await push(agent, order_id, fix(step)) == "ok"
         await b.move(order_id, "delivered")
+        await watcher.hears("orderDelivered", orderId=order_id)
         assert await push(agent, order_id, fix(2)) == "order_closed"

@@ -272,7 +272,10 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
             actor = await self._authenticate(auth, caller)
         except Unavailable as refusal:
             # refused for now: a closed transport makes the client come back, a CONNECT_ERROR would not
-            wire.hang_up()
+            if isinstance(wire, Polled):
+                await self._end_transport(eio_sid)  # at once: what is queued now would still be read
+            else:
+                wire.hang_up()
             raise socketio.exceptions.ConnectionRefusedError(refusal.detail) from None
         except Refused as refusal:
             raise socketio.exceptions.ConnectionRefusedError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hmac
 import json
 import time
@@ -24,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from server.embedded import DataServers
 from server.rest import ROUTES
 from server.sockets import EVENTS
-from tests.harness import ORDER, SECRET, SERVICE, Fleet, Instance, Reply, Watcher, free_port, token, until
+from tests.harness import ORDER, READY_S, SECRET, SERVICE, Fleet, Instance, Reply, Watcher, free_port, token, until
 from tests.shared import everything, refusal, shared_fleet
 
 EVERYWHERE_S = 1.0
@@ -220,6 +221,25 @@ async def test_everybody_gets_the_answer_of_the_table(shop: Shop, call: str) -> 
     assert got == {person: code for person, code in wanted.items() if code in done}
 
 
+async def test_somebody_elses_order_looks_like_none(shop: Shop) -> None:
+    """Whoever may not see an order cannot tell it from one that does not exist."""
+    to, nowhere = await target(shop.a, ""), str(uuid.uuid4())
+    for person in ("C2", "Cx", "A2", "Ax", "Sx", "Vx", "Gtx", "Gpx", "G0"):
+        for call in (call for call in expected() if "{order_id}" in call):
+            method, path = call.split(" ")
+            there, none = [
+                await shop.b.request(
+                    method,
+                    path.replace("{order_id}", order_id).replace("{link_id}", to.link_id),
+                    body_of(call, to),
+                    by=PEOPLE[person](to.id),
+                    headers={"X-Request-Id": "same"},
+                )
+                for order_id in (to.id, nowhere)
+            ]
+            assert (there.status, there.body) == (none.status, none.body), (person, call)
+
+
 # tokens that must not count
 
 
@@ -341,6 +361,24 @@ async def test_a_revoked_token_works_nowhere_within_a_second(shop: Shop, kind: s
             assert (await instance.get(path, by=by)).status == 200
 
 
+async def test_an_instance_that_starts_knows_what_was_revoked(fleet: Fleet) -> None:
+    first = await fleet.start()
+    revoked = token("service", jti="gone")
+    assert (await first.post("/tokens/revoke", {"jti": "gone"})).status == 204
+    assert await first.stop() == 0
+    second = await fleet.start("web", ready=False)
+    answers = []
+
+    async def refuses() -> bool:
+        """From the first answer on: the token must not count even once."""
+        with contextlib.suppress(aiohttp.ClientError):
+            answers.append((await second.get("/orders", by=revoked)).status)
+        return 401 in answers
+
+    await until(refuses, "it serves", READY_S)
+    assert set(answers) <= {401, 503}
+
+
 # keys of others
 
 
@@ -403,6 +441,31 @@ async def on_both_doors(instance: Instance, by: str) -> tuple[int, str]:
                 return status, "ok"
             if message.data.startswith("44"):
                 return status, json.loads(message.data[2:])["data"]["code"]
+
+
+async def connect_by_polling(instance: Instance, by: str) -> list[str]:
+    """What comes back for a CONNECT by polling, until it is answered or the session has ended."""
+    url, heard = f"{instance.url}/socket.io/?EIO=4&transport=polling", list[str]()
+    async with aiohttp.ClientSession() as session:
+        async with session.get(url) as response:
+            url += "&sid=" + json.loads((await response.text())[1:])["sid"]
+        async with session.post(url, data="40" + json.dumps({"token": by})) as response:
+            assert response.status == 200
+        while not any(message.startswith("4") for message in heard):
+            async with session.get(url) as response:
+                if response.status != 200:
+                    break
+                heard += (await response.text()).split("\x1e")
+    return heard
+
+
+async def test_a_polling_start_is_not_refused_for_good_either(fleet: Fleet) -> None:
+    """Clients start by polling unless told otherwise, and give up at a CONNECT_ERROR."""
+    keys = KeyServer()
+    instance = await fleet.start("web", JWT_JWKS_URL=keys.url)
+    heard = await connect_by_polling(instance, signed(RSA, "one"))
+    assert not any(message.startswith("4") for message in heard), heard
+    assert (await connect_by_polling(instance, SERVICE))[0].startswith('40{"sid"')
 
 
 async def test_tokens_of_a_public_key(fleet: Fleet) -> None:

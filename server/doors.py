@@ -14,7 +14,7 @@ import msgspec
 
 from handlers.context import Tx
 from handlers.ports import Positions
-from models.errors import Conflict, IdempotencyMismatch, Invalid, Malformed
+from models.errors import Conflict, IdempotencyMismatch, Invalid, Malformed, NotFound
 from models.inbox import KEY_CHARACTERS_MAX
 from models.user import Actor
 from server.db import Database
@@ -128,6 +128,7 @@ class Doors:
         async with self.database.statement() as tx:
             stored = await _stored(tx, slot, fingerprint)
         if stored is not None:
+            _check_reach(actor, *args)
             return stored
         await self._before(verb, actor, *args)
         async with self.database.transaction() as tx:
@@ -137,6 +138,7 @@ class Doors:
                 raise Conflict("A request with this Idempotency-Key is running.")
             stored = await _stored(tx, slot, fingerprint)
             if stored is not None:
+                _check_reach(actor, *args)
                 return stored
             result = await verb.run(tx, actor, *args)
             answer = Answer(verb.status, msgspec.json.encode(result) if result is not None else b"")
@@ -150,6 +152,17 @@ KEEP = """
 insert into idempotency_keys (caller, verb, key, fingerprint, status, answer, created_at)
 values ($1, $2, $3, $4, $5, $6, $7)"""
 FORGET = "delete from idempotency_keys where created_at < $1"
+
+
+def _check_reach(actor: Actor, *args: object) -> None:
+    """An answer is kept per caller, but two tokens of one caller may reach different orders, and a guest that may only
+    look is given nobody's whole answer.
+
+    Raises:
+        NotFound.
+    """
+    if args and isinstance(args[0], str) and (actor.tracks_only or not actor.reaches(args[0])):
+        raise NotFound("There is no such order.")
 
 
 async def _stored(tx: Tx, slot: tuple[str, str, str], fingerprint: bytes) -> Answer | None:

@@ -174,6 +174,28 @@ async def test_the_key_is_the_verbs_own(shop: Shop) -> None:
     assert (await shop.a.get(path)).body["seq"] == 4
 
 
+async def test_a_replay_shows_nothing_to_a_token_that_does_not_reach_the_order(shop: Shop) -> None:
+    """A caller is a role and a subject; shops give all their guests one subject, and narrow each token to one order."""
+    order, other = await shop.a.place(), await shop.a.place()
+    key, path = fresh(), f"/orders/{order['id']}/cancel"
+    mine, another = (token("guest", "guest", orders=[one["id"]], scope="pay") for one in (order, other))
+    done = await post(shop.a, path, {"reason": "No"}, key, mine)
+    assert done.status == 200
+    refusal(await post(shop.b, path, {"reason": "No"}, key, another), 404, "not_found")
+    looking = token("guest", "guest", orders=[order["id"]], scope="track")
+    refusal(await post(shop.b, path, {"reason": "No"}, key, looking), 404, "not_found")
+    assert same(done, await post(shop.b, path, {"reason": "No"}, key, mine))
+
+    order, key = await shop.a.place(), fresh()
+    path = f"/orders/{order['id']}/status"
+    assert (await post(shop.a, path, {"status": "confirmed"}, key)).status == 200
+    narrowed = token("service", "shop", orders=[other["id"]])
+    refusal(await post(shop.b, path, {"status": "confirmed"}, key, narrowed), 404, "not_found")
+    async with Watcher(shop.b, narrowed) as watcher:
+        asked = {"orderId": order["id"], "status": "confirmed", "idempotencyKey": key}
+        assert (await watcher.call("updateOrderStatus", asked))["error"]["code"] == "not_found"
+
+
 async def test_both_doors_share_the_key(shop: Shop) -> None:
     order = await shop.a.place()
     path = f"/orders/{order['id']}/status"

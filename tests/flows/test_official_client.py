@@ -14,7 +14,7 @@ import pytest
 import socketio
 
 from tests.flows.official import Node, OfficialSocket
-from tests.harness import SOON_S, Fleet, Instance, Watcher, free_port, token, until
+from tests.harness import READY_S, SOON_S, Fleet, Instance, Watcher, free_port, token, until
 
 CUSTOMER = token("customer", "c1")
 TRANSPORTS: dict[str, dict[str, Any]] = {
@@ -379,7 +379,7 @@ async def test_the_python_client_comes_back_to_a_restarted_instance(fleet: Fleet
         seqs.append(payload["seq"])
 
     async def subscribe() -> None:
-        async with asyncio.timeout(SOON_S):
+        async with asyncio.timeout(READY_S):
             await connected.get()
         answer = await client.call("subscribeToOrder", {"orderId": order["id"], "afterSeq": max(seqs, default=0)})
         assert answer["ok"], answer

@@ -109,7 +109,8 @@ async def _serve(settings: Settings, command: str) -> None:
 
                 await _until(stop, run_demo(process, _say))
             await stop.wait()
-            _say("Stopping …")
+            if sys.stderr.isatty():
+                _say("Stopping …")
         finally:
             await process.stop()
 

@@ -43,6 +43,9 @@ PORTS_TRIED_MAX = 20
 RETRY_IN_MS = 1000
 """What clients are asked to wait before they come back from an instance that drains."""
 
+CLIENTS_LEAVE_S = 3
+"""How long a drain waits for clients to answer their goodbye; those that do not are gone already."""
+
 KEYS_SWEEP_S = 3600
 """How often idempotency keys that are too old are deleted."""
 
@@ -184,6 +187,10 @@ class Process:
             async with asyncio.timeout(self.settings.drain_timeout_s):
                 self.sockets.rooms.close()
                 self.sockets.drain(RETRY_IN_MS)
+                # the listener stays open meanwhile, so that probes hear that we drain
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(CLIENTS_LEAVE_S):
+                        await self.sockets.engine.empty.wait()
                 if self._runner is not None:
                     await self._runner.cleanup()
                 with contextlib.suppress(Exception):

@@ -387,7 +387,7 @@ class Sockets:
                     actor = connection.actor
                     async with self._doors.database.statement() as tx:
                         await tracking.permit(tx, actor, key, after)
-                    room, member = self.rooms.join(connection, key, TRACKED if actor.tracks_only else FULL)
+                    room, member = self.rooms.join(connection, key, _view_of(actor))
                     await self.rooms.listening(room, self._settings.redis_timeout_ms / 1000)
                     known = asyncio.ensure_future(self._lane.known(key))
                     async with self._doors.database.statement() as tx:
@@ -447,8 +447,11 @@ class Sockets:
         if actor.exp > time.time() + self._settings.token_expiry_notice_s:
             self._noticed.discard(connection.id)  # else the notice that was given still stands
         for key in list(connection.keys):
+            member = self.rooms.member(connection, key)
             if not actor.reaches(key):
                 self._close_subscription(connection, key, "revoked")
+            elif member is not None:
+                member.view = _view_of(actor)
         answer = TokenRefreshed(True, _unix_rfc3339(actor.exp))
         self._acknowledge(connection, number, "refreshToken", "ok", msgspec.json.encode(answer))
 
@@ -482,8 +485,13 @@ class Sockets:
             del told[next(iter(told))]
         message = _frame_of(event, FULL)
         for connection in self._agents[agent_id].values():
-            if order_id not in connection.keys and connection.actor.reaches(order_id):
+            if not connection.actor.reaches(order_id):
+                continue
+            member = self.rooms.member(connection, order_id)
+            if member is None:
                 connection.send(message)
+            elif member.pending:
+                member.owed = (event.seq, message)  # it may be refused yet
 
     def _on_entry(self, room: Room[Event], event: Event) -> None:
         """An event is about to be delivered: close what it ends."""
@@ -549,6 +557,10 @@ EVENTS: dict[str, _Event] = {
         (Unauthenticated, Forbidden),
     ),
 }
+
+
+def _view_of(actor: Actor) -> str:
+    return TRACKED if actor.tracks_only else FULL
 
 
 def _frame_of(event: Event, view: str) -> Frame:

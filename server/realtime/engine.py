@@ -213,6 +213,9 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         self.wheel = Wheel()
         self.sessions = 0
         """How many lean WebSockets are open: the HTTP side does not know of them any more."""
+        self.empty = asyncio.Event()
+        """Set while there is none."""
+        self.empty.set()
         self.connections: dict[str, Connection] = {}
         """By Engine.IO session id."""
         self.on("connect", self._connected, namespace=NAMESPACE)
@@ -243,6 +246,7 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         }
         session.open(request, b"0" + msgspec.json.encode(greeting))
         self.sessions += 1
+        self.empty.clear()
         self.eio.sockets[sid] = session
         self.environ[sid] = {}
 
@@ -253,6 +257,8 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
     async def on_gone(self, session: Session, reason: str) -> None:
         """A lean session's connection has ended."""
         self.sessions -= 1
+        if not self.sessions:
+            self.empty.set()
         await super()._handle_eio_disconnect(session.sid, reason)
         self.eio.sockets.pop(session.sid, None)
         session.connection = None

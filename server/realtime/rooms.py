@@ -46,7 +46,7 @@ class Kept(Generic[EntryT]):
 class Member:
     """One connection in one room."""
 
-    __slots__ = ("connection", "mark", "pending", "view")
+    __slots__ = ("connection", "mark", "owed", "pending", "view")
 
     def __init__(self, connection: Connection, view: str) -> None:
         self.connection = connection
@@ -54,6 +54,8 @@ class Member:
         self.pending = True
         self.mark = 0
         """Highest number that this connection was given."""
+        self.owed: tuple[int, Frame] | None = None
+        """What the connection hears even if it never gets into the room, and its number."""
 
 
 class Room(Generic[EntryT]):
@@ -170,6 +172,7 @@ class Rooms(Generic[EntryT]):
         room.learn_epoch(epoch, seq)
         member.mark = max(member.mark, seq)
         member.pending = False
+        member.owed = None  # it is in the snapshot, or the room has it
         for kept in room.recent:
             self._give(member, kept)
         self._show_early(room)
@@ -179,8 +182,16 @@ class Rooms(Generic[EntryT]):
     def leave(self, connection: Connection, key: str) -> None:
         connection.keys.discard(key)
         room = self._rooms.get(key)
-        if room is not None and room.members.pop(connection.id, None) is not None:
-            self._close_if_empty(room)
+        member = room.members.pop(connection.id, None) if room is not None else None
+        if room is None or member is None:
+            return
+        if member.owed is not None and member.mark < member.owed[0]:
+            connection.send(member.owed[1])
+        self._close_if_empty(room)
+
+    def member(self, connection: Connection, key: str) -> Member | None:
+        room = self._rooms.get(key)
+        return room.members.get(connection.id) if room is not None else None
 
     def leave_all(self, connection: Connection) -> None:
         for key in list(connection.keys):

@@ -583,3 +583,18 @@ async def test_waiting_reads_hold_no_connection_to_the_database_and_end_at_once_
         replies = await asyncio.gather(*waiting)
     assert [(reply.status, reply.body) for reply in replies] == [(200, {"events": [], "seq": 1})] * len(orders)
     assert await stopping == 0
+
+
+async def test_a_guest_whose_new_token_only_tracks_hears_no_more_than_that(pair: Pair) -> None:
+    one, two = pair
+    order_id = (await one.place())["id"]
+    pays, tracks = (token("guest", "g1", orders=[order_id], scope=scope) for scope in ("pay", "track"))
+    async with Watcher(two, pays) as guest:
+        await guest.watch(order_id)
+        await one.post(f"/orders/{order_id}/status", {"status": "confirmed", "note": "before"})
+        assert (await guest.hears("orderStatusUpdate", status="confirmed"))["note"] == "before"
+        assert (await guest.call("refreshToken", {"token": tracks}))["ok"]
+        await one.post(f"/orders/{order_id}/status", {"status": "preparing", "note": "after"})
+        heard = await guest.hears("orderStatusUpdate", status="preparing")
+        assert "note" not in heard
+        assert "actor" not in heard

@@ -758,3 +758,17 @@ async def test_a_member_never_sees_a_position_outside_its_assignment(play: list[
                 assert not later, "its assignment had ended, and this client had been told"
                 assert shown.get((client.name, epoch), -1) < ts, "newest wins"
                 shown[client.name, epoch] = ts
+
+
+async def test_what_a_member_is_owed_it_gets_when_it_never_gets_in() -> None:
+    """And only then: who gets in hears it from its snapshot or from the room."""
+    house = House()
+    told = frame("entry", b'{"seq":5,"view":"full"}')
+    for name, gets_in in (("s1", False), ("s2", True)):
+        client = Client(name)
+        room, member = house.rooms.join(client.connection, KEY, client.view)
+        member.owed = (5, told)
+        if gets_in:
+            house.rooms.settle(room, member, 5, 0)
+        house.rooms.leave(client.connection, KEY)
+        assert (told in client.frames()) is not gets_in

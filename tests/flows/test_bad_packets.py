@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import asyncpg
+import psutil
 import pytest
 
 from server.embedded import DataServers
@@ -25,6 +26,8 @@ from tests.harness import SERVICE, SOON_S, Fleet, Instance, Watcher, token, unti
 from tests.shared import REFUSALS, LogReader, everything, shared_fleet
 
 FUZZ_S = 15.0
+GROWTH_MAX_BYTES = 16 * 1024 * 1024
+"""How much memory the server may take in the second half of the fuzz: what is warm does not grow."""
 """How long packets are made up; FUZZ_SEED in the environment repeats a run."""
 
 FRAME_MAX_BYTES = Settings().frame_max_bytes
@@ -720,6 +723,10 @@ async def test_made_up_packets(target: Door) -> None:
     print(f"FUZZ_SEED={seed}")  # noqa: T201  # shown when the test fails
     instance, sent, deadline = target.instance, 0, time.monotonic() + FUZZ_S
     watched = (await instance.place())["id"]
+    warm_bytes = 0
+
+    def rss_bytes() -> int:
+        return int(psutil.Process(instance.process.pid).memory_info().rss)
 
     async def fuzz(chance: random.Random) -> None:
         nonlocal sent
@@ -739,11 +746,14 @@ async def test_made_up_packets(target: Door) -> None:
                         assert answer["error"]["code"] in CODES, (seed, trail, message)
 
     async def behave() -> None:
+        nonlocal warm_bytes
         rounds = 0
         async with Watcher(instance, SERVICE) as watcher:
             await watcher.watch(watched)
             while time.monotonic() < deadline:
                 rounds += 1
+                if not warm_bytes and time.monotonic() > deadline - FUZZ_S / 2:
+                    warm_bytes = rss_bytes()
                 order = await instance.assign(watched, "a1", agentName=f"Ravi {rounds}")
                 await watcher.hears("deliveryAgentAssigned", seq=order["seq"])
             assert watcher.seqs(watched) == list(range(2, rounds + 2))
@@ -751,5 +761,7 @@ async def test_made_up_packets(target: Door) -> None:
 
     await asyncio.gather(*(fuzz(random.Random(f"{seed}/{number}")) for number in range(4)), behave())
     assert sent > 1000
+    assert warm_bytes
+    assert rss_bytes() - warm_bytes < GROWTH_MAX_BYTES, seed
     target.log.check_quiet()
     assert (await instance.get("/health/ready", by=None)).status == 200

@@ -89,9 +89,7 @@ async def _serve(settings: Settings, command: str) -> None:
         Path(settings.data_dir), settings.database_url or None, settings.redis_url or None, _say
     ) as data:
         if listener is None:
-            from server.migrate import migrate
-
-            await _until(stop, migrate(data.database_url))
+            await _until(stop, _migrate(data.database_url))
             return
         process = Process(
             settings,
@@ -113,6 +111,28 @@ async def _serve(settings: Settings, command: str) -> None:
                 _say("Stopping …")
         finally:
             await process.stop()
+
+
+async def _migrate(database_url: str) -> None:
+    """Migrate, as soon as Postgres answers."""
+    import asyncpg
+
+    from models.errors import Unavailable
+    from server.db import CONNECT_RETRY_S
+    from server.migrate import migrate
+
+    waiting = False
+    while True:
+        try:
+            await migrate(database_url)
+            return
+        except (OSError, Unavailable, asyncpg.CannotConnectNowError) as error:
+            if not waiting:
+                _say(f"Postgres does not answer yet ({type(error).__name__}); waiting for it …")
+            waiting = True
+            await asyncio.sleep(CONNECT_RETRY_S)
+        except asyncpg.PostgresError as error:
+            raise CannotStart(f"Postgres lets nobody in with this DATABASE_URL: {error}.") from error
 
 
 async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:

@@ -35,7 +35,7 @@ PROBE_INTERVAL_S = 1.0
 
 _DIALECT = sqlalchemy_asyncpg.dialect()  # type: ignore[no-untyped-call]
 
-_GONE = (
+GONE = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
@@ -44,8 +44,12 @@ _GONE = (
     asyncpg.CrashShutdownError,
     asyncpg.CannotConnectNowError,
     asyncpg.TooManyConnectionsError,
+    asyncpg.InternalClientError,  # a statement was sent just when Postgres said that it stops
 )
 """What asyncpg raises when Postgres does not answer, starts, stops or is full: news of the link, not of the query."""
+
+_SHUT_OUT = (*GONE, asyncpg.PostgresError)
+"""What may end an attempt to connect: besides, Postgres may refuse us, or have no such database yet."""
 
 
 class Transaction:
@@ -71,7 +75,7 @@ class Transaction:
         connection = self._connection or await self._begin()
         try:
             row: Row | None = await connection.fetchrow(statement, *args)
-        except _GONE as error:
+        except GONE as error:
             raise self._lost(error) from error
         return row
 
@@ -79,7 +83,7 @@ class Transaction:
         connection = self._connection or await self._begin()
         try:
             rows: Sequence[Row] = await connection.fetch(statement, *args)
-        except _GONE as error:
+        except GONE as error:
             raise self._lost(error) from error
         return rows
 
@@ -94,7 +98,7 @@ class Transaction:
             self._block = self._connection.transaction()
             try:
                 await self._block.start()
-            except _GONE as error:
+            except GONE as error:
                 raise self._lost(error) from error
         return self._connection
 
@@ -111,7 +115,7 @@ class Transaction:
         try:
             if block is not None:
                 await (block.rollback() if failed else block.commit())
-        except _GONE as error:
+        except GONE as error:
             _terminate(connection)
             if not failed:  # else it may be an echo: of a caller that hung up during `begin`, say
                 raise self._database.lost(error) from error
@@ -154,7 +158,7 @@ class Database:
         while self._pool is None:
             try:
                 self._pool = await self._open()
-            except _GONE as error:
+            except _SHUT_OUT as error:
                 log.warning("postgres_not_reached", error=type(error).__name__)
                 await asyncio.sleep(CONNECT_RETRY_S)
         self._back()
@@ -167,7 +171,7 @@ class Database:
 
     async def close(self) -> None:
         if self._pool is not None:
-            with contextlib.suppress(*_GONE):
+            with contextlib.suppress(*GONE):
                 async with asyncio.timeout(self._timeout_s):
                     await self._pool.close()
             self._pool.terminate()
@@ -200,7 +204,7 @@ class Database:
             raise Unavailable("The database is not reached yet.")
         try:
             return await self._pool.acquire(timeout=self._timeout_s)
-        except _GONE as error:
+        except _SHUT_OUT as error:
             raise self.lost(error) from error
 
     def connections(self) -> dict[str, int]:
@@ -212,7 +216,7 @@ class Database:
         if self._pool is not None:
             try:
                 await self._pool.release(connection)
-            except _GONE as error:
+            except GONE as error:
                 self.lost(error)  # its statement was cancelled, and Postgres did not even say that it has heard
 
     def lost(self, error: BaseException) -> Unavailable:

@@ -15,10 +15,13 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from handlers.context import Tx
+from models.errors import Unavailable
+from server.db import GONE
 
 MIGRATIONS = Path(__file__).parent.parent / "models" / "migrations"
 
@@ -37,7 +40,12 @@ async def migrate(database_url: str) -> None:
     """Apply what is missing, in one transaction; a schema newer than this code is left as it is.
 
     Several processes may call this at once.
+
+    Raises:
+        OSError, asyncpg.PostgresError: there is no way in (yet). Unavailable: Postgres went away meanwhile.
     """
+    # by itself, because SQLAlchemy wraps what it raises
+    await (await asyncpg.connect(database_url, statement_cache_size=0)).close()
     engine = create_async_engine(
         "postgresql+asyncpg://",
         async_creator=lambda **_: asyncpg.connect(database_url, statement_cache_size=0),
@@ -49,6 +57,10 @@ async def migrate(database_url: str) -> None:
         async with engine.begin() as connection:
             await connection.execute(text("select pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
             await connection.run_sync(_upgrade)
+    except DBAPIError as error:
+        if isinstance(error.orig and error.orig.__cause__, GONE):
+            raise Unavailable("Postgres went away during the migration.") from error
+        raise
     finally:
         await engine.dispose()
 

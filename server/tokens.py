@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import json
 import time
 from collections.abc import Iterable
 from typing import Annotated, Any
@@ -114,9 +115,9 @@ def mint(
         raise CannotStart("Tokens are signed by JWT_PUBLIC_KEY or JWT_JWKS_URL here: set JWT_SECRET to make your own.")
     if not 1 <= len(sub) <= SUB_MAX_CHARS or "\x00" in sub:
         raise CannotStart(f"The subject of a token must have 1 to {SUB_MAX_CHARS} characters.")
-    if ttl_s <= 0:
-        raise CannotStart("The life of a token must be more than 0 seconds.")
     issued_at = time.time() if now is None else now
+    if not 0 < ttl_s <= EXP_MAX - issued_at:
+        raise CannotStart("The life of a token must be more than 0 seconds, and end before the year 10000.")
     claims: dict[str, Any] = {"sub": sub, "role": role.value, "exp": int(issued_at + ttl_s), "iat": int(issued_at)}
     if orders is not None:
         claims["orders"] = list(orders)
@@ -124,7 +125,12 @@ def mint(
         claims["scope"] = scope.value
     if jti is not None:
         claims["jti"] = jti
-    return jwt.encode(claims | _addressed(settings), key, "HS256")
+    claims |= _addressed(settings)
+    try:
+        read(json.dumps(claims).encode(), settings, issued_at)
+    except Unauthenticated:
+        raise CannotStart("A token like this would not be accepted: write subject and orders as plain text.") from None
+    return jwt.encode(claims, key, "HS256")
 
 
 class LinkKeys:

@@ -113,6 +113,11 @@ async def test_token_prints_one_token_that_the_server_accepts(fleet: Fleet) -> N
 def test_a_token_that_cannot_be_is_a_sentence() -> None:
     assert "--order" in sentence(run("token", "--sub", "g1", "--role", "guest"))
     assert "0 seconds" in sentence(run("token", "--sub", "c1", "--role", "customer", "--ttl", "0"))
+    for ttl in (10**12, 10**400):
+        assert "year 10000" in sentence(run("token", "--sub", "c1", "--role", "customer", "--ttl", str(ttl)))
+    for subject in ("", "x" * 201, "\udcff"):
+        assert "subject" in sentence(run("token", "--sub", subject, "--role", "customer"))
+    assert "orders" in sentence(run("token", "--sub", "g1", "--role", "guest", "--order", "\udcff"))
 
 
 def test_settings_prints_the_table() -> None:
@@ -257,6 +262,21 @@ async def test_a_process_that_waits_can_be_stopped_and_logs_no_password(fleet: F
     assert time.monotonic() - began < 10
     for instance in waiting:
         assert "hunter2" not in instance.log.read_text()
+
+
+async def test_migrate_waits_for_a_database_that_does_not_answer(fleet: Fleet) -> None:
+    async with proxied(fleet.database_url) as postgres:
+        postgres.refuse()
+        waiting, stopped = [await fleet.start("migrate", ready=False, DATABASE_URL=postgres.url) for _ in range(2)]
+        for instance in (waiting, stopped):
+            await until(
+                lambda i=instance: "waiting for it" in i.log.read_text(), "it says what it waits for", COMMAND_S
+            )
+        assert await stopped.stop() == 0
+        await postgres.heal()
+        assert await asyncio.to_thread(waiting.process.wait, COMMAND_S) == 0
+    nobodys = with_database(fleet.database_url, "no_such_database")
+    assert "lets nobody in" in sentence(run("migrate", DATABASE_URL=nobodys, REDIS_URL=fleet.redis_url))
 
 
 # SIGTERM

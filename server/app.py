@@ -9,6 +9,7 @@ import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+import asyncpg
 import msgspec
 import structlog
 from aiohttp import web
@@ -152,6 +153,7 @@ class Process:
         self._tasks: list[asyncio.Task[None]] = []
         self._runner: web.AppRunner | None = None
         self._news: list[users.Revoked] = []
+        self._bus_changed = asyncio.Event()
         self._ending: set[asyncio.Task[None]] = set()
         self.port = 0
 
@@ -223,7 +225,7 @@ class Process:
                 async with self.database.statement() as tx:
                     if await migrate.at_head(tx, wanted):
                         break
-            except (Unavailable, OSError):
+            except (Unavailable, OSError, asyncpg.PostgresError):
                 log.warning("schema_not_reached")
             await asyncio.sleep(SCHEMA_POLL_S)
         self.health.schema.set()
@@ -249,6 +251,7 @@ class Process:
             metrics.bus_losses.inc()
         self.locations.forget_all()
         self.sockets.rooms.check_all()
+        self._bus_changed.set()
 
     # revocations
 
@@ -283,7 +286,12 @@ class Process:
                 await self.sockets.end_revoked()
             except Unavailable:
                 log.warning("revocations_not_read")  # what is known stays known
-            await asyncio.sleep(self.settings.revocation_poll_s)
+            # nobody tells us while the bus is away, and what was told meanwhile is not told again
+            interval_s = self.settings.revocation_poll_s if self.bus.up else self.settings.bus_fallback_poll_ms / 1000
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await self._bus_changed.wait()
+            self._bus_changed.clear()
 
     # idempotency keys
 

@@ -272,9 +272,15 @@ class Authenticator:
         actor = tokens.read(payload, self._settings, self._clock())
         if header.get("kid") == LINK_KID and actor.role is not Role.GUEST:
             raise Unauthenticated(NOT_ACCEPTED)
+        self.check(actor)
+        return actor
+
+    def check(self, actor: Actor) -> None:
+        """Raises Unauthenticated: the actor's token has expired, or was revoked, since it was accepted."""
+        if actor.exp <= self._clock():
+            raise Unauthenticated(tokens.EXPIRED)
         if self.revocations.revoked(actor):
             raise Unauthenticated(NOT_ACCEPTED)
-        return actor
 
     async def _verified(self, token: str, algorithm: object, kid: str | None) -> bytes | None:
         """The payload, if a key that is pinned to the token's algorithm signed it."""

@@ -119,6 +119,7 @@ class Rest:
         found: list[orders.Timeline] = []
 
         async def look() -> tuple[bool, int]:
+            self._authenticator.check(call.actor)  # whoever has waited may have lost the right to hear
             async with self._doors.database.statement() as tx:
                 found.append(await orders.events(tx, call.actor, call.order_id, asked.after))
             return bool(found[-1].events), found[-1].seq

@@ -225,7 +225,14 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         return _EngineServer
 
     def takes(self, request: web.Request) -> bool:
-        """Whether the request opens a session on a WebSocket at once, without polling first."""
+        """Whether the request opens a session on a WebSocket at once, without polling first.
+
+        Raises:
+            Malformed: it half asks for a WebSocket, which the library answers with what is no answer.
+        """
+        half = "websocket" in (request.query.get("transport"), request.headers.get("Upgrade", "").lower())
+        if request.method == "GET" and half and not is_handshake(request):
+            raise Malformed("This is not the handshake of a WebSocket (RFC 6455).")
         return (
             "sid" not in request.query
             and request.query.get("EIO") == "4"

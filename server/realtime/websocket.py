@@ -11,9 +11,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import re
 
 from aiohttp import hdrs, web
 
+KEY = re.compile("[A-Za-z0-9+/]{22}==")
+"""Sec-WebSocket-Key: 16 bytes in base64."""
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 TEXT, BINARY, CLOSE, PING, PONG, CONTINUATION = 1, 2, 8, 9, 10, 0
 
@@ -42,7 +45,7 @@ def is_handshake(request: web.BaseRequest) -> bool:
         and headers.get(hdrs.UPGRADE, "").lower() == "websocket"
         and "upgrade" in headers.get(hdrs.CONNECTION, "").lower()
         and headers.get(hdrs.SEC_WEBSOCKET_VERSION) == "13"
-        and len(headers.get(hdrs.SEC_WEBSOCKET_KEY, "")) == 24
+        and KEY.fullmatch(headers.get(hdrs.SEC_WEBSOCKET_KEY, "")) is not None
     )
 
 

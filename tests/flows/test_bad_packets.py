@@ -644,6 +644,44 @@ async def test_a_handshake_that_is_none_is_refused(door: Door, query: str) -> No
             assert response.status == 400, await response.text()
 
 
+HANDSHAKE = (
+    "GET /socket.io/?{query} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("Connection: Upgrade\r\n", ""),
+        ("Connection: Upgrade", "Connection: keep-alive"),
+        ("Upgrade: websocket\r\n", ""),
+        ("Upgrade: websocket", "Upgrade: h2c"),
+        ("Version: 13", "Version: 8"),
+        ("Version: 13", "Version: ☃"),
+        ("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", ""),
+        ("dGhlIHNhbXBsZSBub25jZQ==", ""),
+        ("dGhlIHNhbXBsZSBub25jZQ==", "too-short"),
+        ("dGhlIHNhbXBsZSBub25jZQ==", "☃" * 8),
+        ("dGhlIHNhbXBsZSBub25jZQ==", "!" * 24),
+    ],
+)
+async def test_half_a_websocket_handshake_is_refused(door: Door, right: str, wrong: str) -> None:
+    async with polling(door) as client:
+        sid = client.url.rsplit("=", 1)[1]
+        for query in ("EIO=4&transport=websocket", f"EIO=4&transport=websocket&sid={sid}"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", door.instance.port)
+            writer.write(HANDSHAKE.format(query=query).replace(right, wrong, 1).encode())
+            async with asyncio.timeout(SOON_S):
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                length = int(head.lower().partition("content-length: ")[2].partition("\r")[0])
+                body = await reader.readexactly(length)
+            writer.close()
+            assert head.startswith("HTTP/1.1 400 "), head
+            assert json.loads(body)["code"] == "malformed"
+        assert (await client.post('421["bogus"]'))[0] == 200
+
+
 async def test_a_session_of_somewhere_else_is_told_what_to_do(door: Door) -> None:
     async with (
         aiohttp.ClientSession() as session,

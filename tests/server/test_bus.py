@@ -9,11 +9,10 @@ import itertools
 import random
 import signal
 import ssl
-import subprocess
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from server.binaries import redis_server
+from server.children import running
 from server.embedded import DataServers
 from server.realtime.bus import SUBSCRIBE_BATCH_MAX, Bus, BusAway, Script
 from tests.harness import SOON_S, free_port, until
@@ -106,15 +106,16 @@ class PrivateRedis:
         self.port, self.socket = free_port(), folder / "r.sock"
         self.url = f"redis://127.0.0.1:{self.port}"
         self._folder, self._options = folder, options
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def _launch(self) -> None:
-        given = ("--port", str(self.port), "--unixsocket", str(self.socket), "--dir", str(self._folder), "--save", "")
-        with (self._folder / "redis.log").open("ab") as log:
-            self._process = subprocess.Popen([redis_server(), *given, *self._options], stdout=log, stderr=log)
+        self._stack = AsyncExitStack()
+        self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
-        self._launch()
+        given = ("--port", str(self.port), "--unixsocket", str(self.socket), "--dir", str(self._folder), "--save", "")
+        command: list[str | Path] = [redis_server(), *given, *self._options]
+        child = await self._stack.enter_async_context(
+            running("Redis", command, self._folder / "redis.log", signal.SIGKILL)
+        )
+        self._process = child.process
 
         async def listens() -> bool:
             try:
@@ -131,12 +132,8 @@ class PrivateRedis:
         assert self._process is not None
         self._process.send_signal(number)
 
-    def kill(self) -> None:
-        if self._process is not None:
-            self.signal(signal.SIGCONT)
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+    async def kill(self) -> None:
+        await self._stack.aclose()
 
 
 def client(url: str, **options: Any) -> Any:
@@ -149,7 +146,7 @@ async def private(tmp_path: Path) -> AsyncIterator[PrivateRedis]:
     server = PrivateRedis(tmp_path)
     await server.start()
     yield server
-    server.kill()
+    await server.kill()
 
 
 @pytest.fixture
@@ -293,7 +290,7 @@ async def test_after_a_restart_every_channel_is_there_before_anybody_is_told(pri
                     ear.bus.publish(channel, b"back", published.append)
 
         ear.on_change = tell
-        private.kill()
+        await private.kill()
         await ear.up(False)
         assert ear.changes == [True, False]
         assert await asyncio.gather(*(ear.subscribe(channel) for channel in channels[1_000:])) == [False] * 500
@@ -314,7 +311,16 @@ async def test_who_waits_for_a_confirmation_is_told_when_redis_goes(private: Pri
         assert await asyncio.wait_for(asyncio.gather(*asked), TIMEOUT_S + PING_INTERVAL_S + SLACK_S) == [False, False]
         private.signal(signal.SIGCONT)
         await ear.up()
+        assert (await ear.subscribe("a"), await ear.subscribe("b")) == (True, True)
         assert await ear.reaches(["a", "b"]) == [1, 1]
+
+
+async def test_a_call_without_an_answer_is_news_enough(private: PrivateRedis) -> None:
+    async with bus(private.url, timeout_s=TIMEOUT_S, ping_interval_s=3600) as ear:
+        private.signal(signal.SIGSTOP)
+        with pytest.raises(BusAway):
+            await ear.bus.call("GET", "k")
+        await until(lambda: not ear.bus.up, "nobody has to wait for a ping")
 
 
 async def test_a_frozen_redis_is_noticed_in_time_and_costs_nobody_more_than_a_time_out(private: PrivateRedis) -> None:
@@ -369,7 +375,7 @@ async def test_a_redis_that_dies_again_and_again_is_found_again_and_again(privat
     async with bus(private.url) as ear:
         ear.bus.subscribe("a")
         for _ in range(3):
-            private.kill()
+            await private.kill()
             await ear.up(False)
             await private.start()
             await ear.up()
@@ -532,7 +538,7 @@ async def test_a_password_and_a_database_number_are_used(tmp_path: Path) -> None
         async with client(f"{server.url}/0", password=PASSWORD) as admin:
             assert await admin.keys() == []
     finally:
-        server.kill()
+        await server.kill()
 
 
 async def test_a_user_of_the_access_list_is_used(private: PrivateRedis) -> None:

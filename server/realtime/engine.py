@@ -147,6 +147,9 @@ class _EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # the library 
             if any(packet.packet_type not in POLLED for packet in packets):
                 raise Malformed("The payload holds a packet that no client may send.")
             environ |= {"wsgi.input": _Body(body), "CONTENT_LENGTH": str(len(body))}
+            sid = request.query.get("sid", "")
+            if sid in self.sockets and self.sockets[sid].closed:
+                del self.sockets[sid]  # ended while the body came, and not collected yet: the library would raise
         return environ
 
     def _log_error_once(self, message: str, message_key: str) -> None:

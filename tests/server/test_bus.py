@@ -6,13 +6,16 @@ import asyncio
 import contextlib
 import datetime as dt
 import itertools
+import os
 import random
 import signal
 import ssl
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from server.binaries import redis_server
-from server.children import running
+from server.children import LAUNCHER
 from server.embedded import DataServers
 from server.realtime.bus import SUBSCRIBE_BATCH_MAX, Bus, BusAway, Script
 from tests.harness import SOON_S, free_port, until
@@ -106,16 +109,19 @@ class PrivateRedis:
         self.port, self.socket = free_port(), folder / "r.sock"
         self.url = f"redis://127.0.0.1:{self.port}"
         self._folder, self._options = folder, options
-        self._stack = AsyncExitStack()
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def _launch(self) -> None:
+        options = ("--port", str(self.port), "--unixsocket", str(self.socket), "--dir", str(self._folder), "--save", "")
+        # the launcher lets the kernel end it with us, even when we are killed
+        launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, "0", "0", str(int(signal.SIGKILL)), str(os.getpid())]
+        with (self._folder / "redis.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [*launcher, redis_server(), *options, *self._options], stdout=log, stderr=log
+            )
 
     async def start(self) -> None:
-        given = ("--port", str(self.port), "--unixsocket", str(self.socket), "--dir", str(self._folder), "--save", "")
-        command: list[str | Path] = [redis_server(), *given, *self._options]
-        child = await self._stack.enter_async_context(
-            running("Redis", command, self._folder / "redis.log", signal.SIGKILL)
-        )
-        self._process = child.process
+        self._launch()
 
         async def listens() -> bool:
             try:
@@ -132,8 +138,11 @@ class PrivateRedis:
         assert self._process is not None
         self._process.send_signal(number)
 
-    async def kill(self) -> None:
-        await self._stack.aclose()
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
 
 
 def client(url: str, **options: Any) -> Any:
@@ -146,7 +155,7 @@ async def private(tmp_path: Path) -> AsyncIterator[PrivateRedis]:
     server = PrivateRedis(tmp_path)
     await server.start()
     yield server
-    await server.kill()
+    server.kill()
 
 
 @pytest.fixture
@@ -290,7 +299,7 @@ async def test_after_a_restart_every_channel_is_there_before_anybody_is_told(pri
                     ear.bus.publish(channel, b"back", published.append)
 
         ear.on_change = tell
-        await private.kill()
+        private.kill()
         await ear.up(False)
         assert ear.changes == [True, False]
         assert await asyncio.gather(*(ear.subscribe(channel) for channel in channels[1_000:])) == [False] * 500
@@ -375,7 +384,7 @@ async def test_a_redis_that_dies_again_and_again_is_found_again_and_again(privat
     async with bus(private.url) as ear:
         ear.bus.subscribe("a")
         for _ in range(3):
-            await private.kill()
+            private.kill()
             await ear.up(False)
             await private.start()
             await ear.up()
@@ -538,7 +547,7 @@ async def test_a_password_and_a_database_number_are_used(tmp_path: Path) -> None
         async with client(f"{server.url}/0", password=PASSWORD) as admin:
             assert await admin.keys() == []
     finally:
-        await server.kill()
+        server.kill()
 
 
 async def test_a_user_of_the_access_list_is_used(private: PrivateRedis) -> None:

@@ -26,6 +26,7 @@ ARGS = [
 
 SERVER_AWAY = re.compile(
     r"ERR_CONNECTION_REFUSED|ERR_EMPTY_RESPONSE|ERR_CONNECTION_RESET|Unexpected response code: 503"
+    r"|responded with a status of 503"
 )
 """What Chromium says on its console while a server is down. No page can prevent that."""
 

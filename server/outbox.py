@@ -73,6 +73,7 @@ class Outbox:
         self._lane = lane
         self._sent: list[tuple[str, int]] = []
         self._something = asyncio.Event()
+        self._flushing = asyncio.Lock()
 
     def publish(self, told: Iterable[Told], by: str = "door") -> None:
         """Publish committed events. Nobody waits for this: what fails here is found unsent by the relay."""
@@ -112,17 +113,18 @@ class Outbox:
 
     async def flush(self) -> None:
         """Mark everything that was sent so far. What cannot be marked now is published again by the relay."""
-        self._something.clear()
-        sent, self._sent = self._sent, []
-        if not sent:
-            return
-        try:
-            async with self._database.statement() as tx:
-                await tx.one(MARK, [order_uuid(order_id) for order_id, _ in sent], [seq for _, seq in sent])
-        except Unavailable:
-            log.warning("events_not_marked", count=len(sent))
-            return
-        metrics.events_marked.inc(len(sent))
+        async with self._flushing:  # whoever flushes last, at a drain, waits for the marks that are under way
+            self._something.clear()
+            sent, self._sent = self._sent, []
+            if not sent:
+                return
+            try:
+                async with self._database.statement() as tx:
+                    await tx.one(MARK, [order_uuid(order_id) for order_id, _ in sent], [seq for _, seq in sent])
+            except Unavailable:
+                log.warning("events_not_marked", count=len(sent))
+                return
+            metrics.events_marked.inc(len(sent))
 
 
 MARK = """

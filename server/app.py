@@ -173,7 +173,6 @@ class Process:
         if self._serves:
             self._loop("rooms", self.sockets.rooms.run())
             self._loop("tokens", self.sockets.watch_tokens())
-            self._loop("deadlines", self.sockets.engine.wheel.run())
             self._loop("trail", self.trail.run())
         if self._works:
             self._loop("relay", self._when_schema_is_there(self.relay.run))
@@ -192,7 +191,7 @@ class Process:
                 # the listener stays open meanwhile, so that probes hear that we drain
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(CLIENTS_LEAVE_S):
-                        await self.sockets.engine.empty.wait()
+                        await self.sockets.engine.eio.empty.wait()
                 if self._runner is not None:
                     await self._runner.cleanup()
                 with contextlib.suppress(Exception):
@@ -323,7 +322,7 @@ class Process:
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5.0)
         await self._runner.setup()
         site = Site(self._runner, self._listener, self.settings)
-        site.taken_over = lambda: self.sockets.engine.sessions
+        site.taken_over = lambda: self.sockets.engine.eio.websockets
         self.health.open_connections = lambda: site.open + site.taken_over()
         await site.start()
         self.port = self._listener.getsockname()[1]
@@ -341,9 +340,6 @@ class Process:
             await self.limits.handshake(request)
         elif session_id not in self.sockets.engine.eio.sockets:
             await self.limits.stranger(request)
-        if self.sockets.engine.takes(request):
-            self.sockets.engine.take(request)
-            return web.Response(status=101)
         response: web.StreamResponse = await self.sockets.engine.handle_request(request)
         return response
 

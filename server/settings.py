@@ -132,7 +132,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 64 * 1024
     queue_max_bytes: Annotated[Bytes, Meta(description="unread bytes at which a slow socket is cut")] = 1024 * 1024
     slow_max_s: Annotated[Seconds, Meta(description="time after which a slow socket is cut")] = 15
-    messages_queued_max: Annotated[Count, Meta(description="unread messages at which a polling client is cut")] = 1000
     long_poll_max_s: Annotated[Seconds, Meta(description="longest `wait` of a read")] = 30
     room_events_max: Annotated[Count, Meta(description="newest events that a watched order keeps in memory")] = 64
     ping_interval_s: Annotated[Seconds, Meta(description="how often a socket is asked whether it lives")] = 25

@@ -57,7 +57,7 @@ from server.limits import Limits
 from server.locations import Locations
 from server.outbox import ORDER_PREFIX, USER_PREFIX, order_channel, unpack, user_channel
 from server.realtime.bus import Bus
-from server.realtime.connections import Connection, Frame, acknowledgement, frame
+from server.realtime.connections import Connection, Frame, Opening, acknowledgement, frame
 from server.realtime.engine import Engine, Unreadable
 from server.realtime.positions import PositionLane, parse
 from server.realtime.rooms import Room, Rooms
@@ -70,6 +70,9 @@ FULL, TRACKED = "full", "tracked"
 
 ASSIGNMENTS_TOLD_MAX = 100
 """Of how many orders, the latest ones, it is kept that their agent was told."""
+
+ATTACHMENTS_MAX = 0
+"""Most binary attachments of one packet: no event of this server takes any."""
 
 EXPIRY_SWEEP_S = 1.0
 """How often the tokens of all connections are compared with the clock."""
@@ -204,7 +207,7 @@ class Sockets:
             authenticate=self._authenticate,
             caller_of=self._limits.network_of,
             on_event=self._on_event,
-            on_open=self._on_open,
+            open_connection=self._open_connection,
             on_close=self._on_close,
             connect_timeout_s=settings.connect_timeout_ms / 1000,
             frame_max_bytes=settings.frame_max_bytes,
@@ -213,7 +216,7 @@ class Sockets:
             slow_bytes=settings.slow_bytes,
             queue_max_bytes=settings.queue_max_bytes,
             slow_max_s=settings.slow_max_s,
-            messages_queued_max=settings.messages_queued_max,
+            attachments_max=ATTACHMENTS_MAX,
         )
         self.rooms: Rooms[Event] = Rooms(
             bus,
@@ -240,7 +243,7 @@ class Sockets:
                 raise Unavailable(refusal.detail, **refusal.fields) from None
             raise
 
-    def _on_open(self, connection: Connection) -> None:
+    async def _open_connection(self, connection: Connection, auth: object) -> Opening:
         metrics.connections.inc()
         actor = connection.actor
         if actor.role is Role.AGENT:
@@ -248,6 +251,7 @@ class Sockets:
                 self._bus.subscribe(user_channel(actor.sub))
             self._agents.setdefault(actor.sub, {})[connection.id] = connection
         log.debug("socket_opened", connection_id=connection.id, role=actor.role)
+        return Opening({}, lambda: None)
 
     def _on_close(self, connection: Connection) -> None:
         metrics.connections.dec()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
-from engineio import packet as eio_packet
 
 from models.user import Actor
-from server.realtime.websocket import TEXT, encode
+from server.realtime.websocket import BINARY, TEXT, encode
 
 
 class Frame:
@@ -17,15 +17,12 @@ class Frame:
 
     __slots__ = ("text", "wire")
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, attachments: list[bytes] | None = None) -> None:
         self.text = text
         self.wire = encode(TEXT, b"4" + text.encode())
-        """As a WebSocket frame with the Engine.IO packet type."""
-
-    @property
-    def packet(self) -> Any:
-        """As the library's packet, for sessions that poll."""
-        return eio_packet.Packet(eio_packet.MESSAGE, self.text)
+        """As WebSocket frames: the packet with the Engine.IO packet type before it, then its binary attachments."""
+        if attachments:
+            self.wire += b"".join(encode(BINARY, attachment) for attachment in attachments)
 
 
 def frame(event: str, payload: bytes) -> Frame:
@@ -39,7 +36,7 @@ def acknowledgement(number: int, payload: bytes) -> Frame:
 
 
 class Wire(Protocol):
-    """The way to one client: a lean WebSocket, or the library's session for those that poll or came from polling."""
+    """The way to one client, whether it is on a WebSocket or polls."""
 
     @property
     def gone(self) -> bool: ...
@@ -49,6 +46,10 @@ class Wire(Protocol):
 
     def send_latest(self, key: str, message: Frame) -> None:
         """Put state on the wire: while the client reads too slowly, only the newest message of each key is kept."""
+
+    def when_received(self, callback: Callable[[], None]) -> None:
+        """Call back when it is proven that the client has received everything that was sent until now; never, when the
+        session ends before."""
 
     def hold(self, why: int = 1) -> None:
         """Read nothing more from this client until `resume`."""
@@ -62,7 +63,19 @@ class Wire(Protocol):
 class Connection:
     """A Socket.IO session on the default namespace."""
 
-    __slots__ = ("actor", "calls", "hang_up", "id", "keys", "last_calls", "left", "send", "send_latest", "wire")
+    __slots__ = (
+        "actor",
+        "calls",
+        "hang_up",
+        "id",
+        "keys",
+        "last_calls",
+        "left",
+        "offsets",
+        "send",
+        "send_latest",
+        "wire",
+    )
 
     def __init__(self, id_: str, wire: Wire, actor: Actor) -> None:
         self.id = id_
@@ -79,6 +92,8 @@ class Connection:
         """Events of this client that are being worked on."""
         self.last_calls: dict[str, asyncio.Task[None]] = {}
         """The last of them for each order: what a client asks of one order is done in its sequence."""
+        self.offsets: Any = None
+        """What whoever recovers connections keeps of this one."""
 
     @property
     def gone(self) -> bool:
@@ -86,3 +101,12 @@ class Connection:
 
     def emit(self, event: str, payload: object) -> None:
         self.send(frame(event, msgspec.json.encode(payload)))
+
+
+class Opening(NamedTuple):
+    """How a connection begins."""
+
+    payload: Mapping[str, object]
+    """Stands in the answer to CONNECT, beside `sid`."""
+    then: Callable[[], None]
+    """Called in the very step in which that answer is put on the wire: nothing comes between."""

@@ -1,43 +1,45 @@
-"""Socket.IO and Engine.IO: python-socketio's server, with the parts replaced that the contract cannot live with.
+"""Socket.IO v5: python-socketio's server over sessions of our own.
 
-Replaced: parsing of incoming packets (strict JSON, refusals instead of tracebacks), dispatch (a table instead of
-`on_<any name>`, acknowledgements in order with what else is sent), the WebSocket driver (no deflate, bounded frames).
-Everything else, long polling and the upgrade from it included, is the library's. docs/decisions/0003-extending-
-python-socketio.md.
+Its public API stays, for any namespace: `on`, `emit`, `call`, rooms, sessions, AsyncNamespace. Replaced are the parts
+that the contract cannot live with: reading of packets (strict JSON, refusals instead of tracebacks, few attachments),
+the client manager, and everything below (transports.py). The default namespace goes a short way of its own: a table of
+events instead of `on_<any name>`, acknowledgements in order with what else is sent.
+docs/decisions/0003-extending-python-socketio.md, 0014-one-session-for-all-transports.md.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any
 
-import engineio
 import msgspec
 import socketio
 import structlog
-from aiohttp import WSMsgType, web
-from engineio import packet as eio_packet
+from aiohttp import web
 from engineio.async_drivers.aiohttp import translate_request
-from engineio.payload import Payload
 from socketio import packet as sio_packet
 
-from models.errors import Malformed, Refused, TooLarge, Unavailable
+from models.errors import Refused, Unavailable
 from models.message import Disconnected
 from models.user import Actor
-from server import metrics
-from server.realtime.connections import Connection, Frame, acknowledgement
-from server.realtime.session import ACK_DIGITS_MAX, Polled, Session, Wheel
-from server.realtime.websocket import is_handshake
+from server.realtime.connections import Connection, Frame, Opening, acknowledgement
+from server.realtime.registry import Registry, frame_of
+from server.realtime.session import ACK_DIGITS_MAX, Session
+from server.realtime.transports import EngineServer
 
 log = structlog.get_logger()
 
 NAMESPACE = "/"
 
-POLLED = (eio_packet.CLOSE, eio_packet.PONG, eio_packet.MESSAGE, eio_packet.UPGRADE)
-"""Engine.IO packets that a client may send by polling."""
+BINARY = (sio_packet.BINARY_EVENT, sio_packet.BINARY_ACK)
+EVENTS = (sio_packet.EVENT, sio_packet.BINARY_EVENT)
+ACKS = (sio_packet.ACK, sio_packet.BINARY_ACK)
+
+_HANDLING = 4
+"""Why a session is held, besides those in session.py: a handler of the library's runs, and the next packet waits."""
 
 
 class Unreadable:
@@ -63,263 +65,159 @@ class _Json:
             raise ValueError("not JSON") from None
 
 
-class _WebSocket:
-    """Engine.IO's WebSocket driver for aiohttp: five methods, uncompressed, with a bound on the size of a frame."""
-
-    def __init__(self, handler: Callable[[Any], Awaitable[None]], server: engineio.AsyncServer) -> None:
-        self._handler = handler
-        self._upgrade_timeout_s: float = server.upgrade_timeout_s
-        self._socket = web.WebSocketResponse(max_msg_size=server.max_http_buffer_size, compress=False, timeout=1.0)
-
-    async def __call__(self, environ: dict[str, Any]) -> web.WebSocketResponse:
-        request: web.Request = environ["aiohttp.request"]
-        await self._socket.prepare(request)
-        late = asyncio.get_running_loop().call_later(self._upgrade_timeout_s, self._end_if_not_upgraded, request)
-        try:
-            await self._handler(self)
-        finally:
-            late.cancel()
-        return self._socket
-
-    def _end_if_not_upgraded(self, request: web.Request) -> None:
-        """The library waits for ever for the two packets that end an upgrade from polling."""
-        session = self._handler.__self__  # type: ignore[attr-defined]  # a method of the library's socket
-        if not session.upgraded and request.transport is not None:
-            request.transport.abort()
-
-    async def close(self) -> None:
-        await self._socket.close()
-
-    async def send(self, message: str | bytes) -> None:
-        if isinstance(message, bytes):
-            await self._socket.send_bytes(message)
-        else:
-            await self._socket.send_str(message)
-
-    async def wait(self) -> str | bytes | None:
-        """The next message; None when the connection has ended, or speaks no Engine.IO."""
-        message = await self._socket.receive()
-        if message.type is WSMsgType.BINARY:
-            return bytes(message.data)
-        if message.type is WSMsgType.TEXT and message.data and message.data[0] in "123456":
-            return str(message.data)
-        return None
-
-
-class _Body:
-    """A request's body as the library reads it. aiohttp's own stream gives what has arrived, not all that was sent."""
-
-    def __init__(self, body: bytes) -> None:
-        self._body = body
-
-    async def read(self, length: int) -> bytes:
-        return self._body[:length]
-
-
-class _EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # the library is not typed
-    """Engine.IO whose errors say what to do."""
-
-    def __init__(self, *args: Any, upgrade_timeout_s: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.upgrade_timeout_s = upgrade_timeout_s
-        self._async: dict[str, Any] = dict(self._async, websocket=_WebSocket, translate_request=self._translate)
-
-    def generate_id(self) -> str:
-        return secrets.token_urlsafe(15)
-
-    async def _translate(self, request: web.Request) -> dict[str, Any]:
-        """A request as the library wants it: with its whole body, read within the limits of any request. A payload that
-        the library would answer with OK and a traceback in the log, or not before the next poll, is refused here."""
-        environ: dict[str, Any] = translate_request(request)
-        if request.method == "POST":
-            try:
-                body = await request.read()
-            except web.HTTPRequestEntityTooLarge:
-                raise TooLarge("The body is larger than this server takes.") from None
-            except web.RequestPayloadError:
-                raise Malformed("The body is cut off, or is not what its headers say.") from None
-            if len(body) > self.max_http_buffer_size:
-                raise TooLarge("The payload is larger than this server takes.")
-            try:
-                packets = Payload(encoded_payload=body.decode()).packets
-            except (ValueError, LookupError):
-                raise Malformed("The body is not a payload of Engine.IO.") from None
-            if any(packet.packet_type not in POLLED for packet in packets):
-                raise Malformed("The payload holds a packet that no client may send.")
-            environ |= {"wsgi.input": _Body(body), "CONTENT_LENGTH": str(len(body))}
-            sid = request.query.get("sid", "")
-            if sid in self.sockets and self.sockets[sid].closed:
-                del self.sockets[sid]  # ended while the body came, and not collected yet: the library would raise
-        return environ
-
-    def _log_error_once(self, message: str, message_key: str) -> None:
-        """A refused request is its client's fault, or that of an instance that is gone: no error of ours. The library's
-        message names the session, which is as good as a password."""
-        log.info("socket_request_refused", reason=message_key)
-
-    def _bad_request(self, message: str | None = None) -> dict[str, Any]:
-        if message is not None and message.startswith("Invalid session"):
-            message = (
-                "Session ID unknown. It ended, or it lives on another instance: polling needs sticky sessions, "
-                'or connect with transports: ["websocket"].'
-            )
-        body = msgspec.json.encode({"code": 1 if message else 3, "message": message or "Bad request"})
-        return {"status": "400 BAD REQUEST", "headers": [("Content-Type", "application/json")], "response": body}
+class _Packet(sio_packet.Packet):  # type: ignore[misc]  # the library is not typed
+    json = _Json
 
 
 class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not typed
     """The Socket.IO server of one instance.
 
-    `authenticate(auth, request)` turns the client's CONNECT payload into an Actor, or raises a refusal. `on_event` is
-    called for every event of a connected client with its name, its arguments and a function that answers it (None when
-    the client wants no answer). `on_open` and `on_close` frame a connection's life.
+    Of the default namespace: `authenticate(auth, caller)` turns the client's CONNECT payload into an Actor, or raises a
+    refusal. `open_connection(connection, auth)` may refuse too; what it returns says how the connection begins.
+    `on_event` is called for every event of a connected client with its name, its arguments and the number of the
+    acknowledgement that it wants, if any. `on_close` is called once for every connection that was opened, when it has
+    ended.
     """
 
     def __init__(
         self,
         *,
         authenticate: Callable[[object, str], Awaitable[Actor]],
-        caller_of: Callable[[web.Request], str],
+        open_connection: Callable[[Connection, object], Awaitable[Opening]],
         on_event: Callable[[Connection, str, list[Any], int | None], None],
-        on_open: Callable[[Connection], None],
         on_close: Callable[[Connection], None],
         connect_timeout_s: float,
-        frame_max_bytes: int,
-        ping_interval_s: int,
-        ping_timeout_s: int,
-        slow_bytes: int,
-        queue_max_bytes: int,
-        slow_max_s: int,
-        messages_queued_max: int,
+        attachments_max: int,
+        **engine_options: Any,
     ) -> None:
+        """`engine_options`: those of EngineServer."""
         super().__init__(
-            async_mode="aiohttp",
-            json=_Json,
-            max_http_buffer_size=frame_max_bytes,
-            ping_interval=ping_interval_s,
-            ping_timeout=ping_timeout_s,
-            upgrade_timeout_s=connect_timeout_s,
-            cors_allowed_origins=[],  # which pages may call is decided in server/edges.py
+            client_manager=Registry(),
+            serializer=_Packet,
             logger=False,
             engineio_logger=False,
+            upgrade_timeout_s=connect_timeout_s,
+            **engine_options,
         )
         self._authenticate = authenticate
-        self._caller_of = caller_of
-        self.on_event = on_event
-        self._on_open = on_open
-        self._frame_max_bytes = frame_max_bytes
+        self._open_connection = open_connection
         self._on_close = on_close
-        self.connect_timeout_s = connect_timeout_s
-        self.ping_interval_s, self.ping_timeout_s = ping_interval_s, ping_timeout_s
-        self.slow_bytes, self.queue_max_bytes, self.slow_max_s = slow_bytes, queue_max_bytes, slow_max_s
-        self._messages_queued_max = messages_queued_max
-        self.wheel = Wheel()
-        self.sessions = 0
-        """How many lean WebSockets are open: the HTTP side does not know of them any more."""
-        self.empty = asyncio.Event()
-        """Set while there is none."""
-        self.empty.set()
+        self._connect_timeout_s = connect_timeout_s
+        self._attachments_max = attachments_max
         self.connections: dict[str, Connection] = {}
-        """By Engine.IO session id."""
-        self.on("connect", self._connected, namespace=NAMESPACE)
-        self.on("disconnect", self._disconnected, namespace=NAMESPACE)
+        """Of the default namespace, by Engine.IO session id."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.eio.on_opened = self._on_opened
+        self.eio.on_packet = self._on_packet
+        self.eio.on_event = on_event
+        self.eio.on_ended = self._on_ended
+        self.manager.initialize()
 
-    def _engineio_server_class(self) -> type[engineio.AsyncServer]:
-        return _EngineServer
+    def _engineio_server_class(self) -> type[EngineServer]:
+        return EngineServer
 
-    def takes(self, request: web.Request) -> bool:
-        """Whether the request opens a session on a WebSocket at once, without polling first.
+    @property
+    def on_event(self) -> Callable[[Connection, str, list[Any], int | None], None]:
+        handler: Callable[[Connection, str, list[Any], int | None], None] = self.eio.on_event
+        return handler
 
-        Raises:
-            Malformed: it half asks for a WebSocket, which the library answers with what is no answer.
-        """
-        half = "websocket" in (request.query.get("transport"), request.headers.get("Upgrade", "").lower())
-        if request.method == "GET" and half and not is_handshake(request):
-            raise Malformed("This is not the handshake of a WebSocket (RFC 6455).")
-        return (
-            "sid" not in request.query
-            and request.query.get("EIO") == "4"
-            and request.query.get("transport") == "websocket"
-            and is_handshake(request)
-        )
+    # a session's life
 
-    def take(self, request: web.Request) -> None:
-        """Take the request's connection over as a session of its own; see server/realtime/websocket.py."""
-        sid = self.eio.generate_id()
-        session = Session(self, sid, self._frame_max_bytes, self._caller_of(request))
-        greeting = {
-            "sid": sid,
-            "upgrades": [],
-            "pingInterval": self.ping_interval_s * 1000,
-            "pingTimeout": self.ping_timeout_s * 1000,
-            "maxPayload": self._frame_max_bytes,
-        }
-        session.open(request, b"0" + msgspec.json.encode(greeting))
-        self.sessions += 1
-        self.empty.clear()
-        self.eio.sockets[sid] = session
-        self.environ[sid] = {}
+    def _on_opened(self, session: Session, request: web.Request) -> None:
+        """A session has begun: whoever stands behind it has until the deadline to say who it is."""
+        if self.handlers or self.namespace_handlers:
+            self.environ[session.sid] = translate_request(request)
+        self.eio.wheel.after(self._connect_timeout_s, partial(self._check_connected, session))
 
-    async def on_packet(self, session: Session, packet: str) -> None:
-        """A lean session has read a Socket.IO packet that is not an event of a connected client."""
-        await self._handle_eio_message(session.sid, packet)
+    def _check_connected(self, session: Session) -> None:
+        if not session.closing and not self.manager.namespaces_of(session.sid):
+            session.cut("no_connect")
 
-    async def on_gone(self, session: Session, reason: str) -> None:
-        """A lean session's connection has ended."""
-        self.sessions -= 1
-        if not self.sessions:
-            self.empty.set()
-        await super()._handle_eio_disconnect(session.sid, reason)
-        self.eio.sockets.pop(session.sid, None)
-        session.connection = None
+    def end_unconnected(self) -> None:
+        """A drain: whoever has not said yet who it is shall say it elsewhere."""
+        for session in list(self.eio.sockets.values()):
+            if session.connection is None:
+                session.hang_up()
 
-    def _wire(self, eio_sid: str) -> Session | Polled | None:
-        socket = self.eio.sockets.get(eio_sid)
-        if socket is None or isinstance(socket, Session):
-            return socket
-        return Polled(socket, self._messages_queued_max)
+    def _on_ended(self, session: Session) -> None:
+        self._leave(session)
+        self._binary_packet.pop(session.sid, None)
+        namespaces = self.manager.namespaces_of(session.sid)
+        if namespaces:
+            self._spawn(self._end_namespaces(session, namespaces))
+        else:
+            self.environ.pop(session.sid, None)
 
-    async def _connected(self, sid: str, environ: dict[str, Any], auth: object = None) -> None:
-        eio_sid = self.manager.eio_sid_from_sid(sid, NAMESPACE)
-        wire = self._wire(eio_sid)
-        assert wire is not None
-        caller = wire.caller if isinstance(wire, Session) else self._caller_of(environ["aiohttp.request"])
+    async def _end_namespaces(self, session: Session, namespaces: list[str]) -> None:
+        for namespace in namespaces:
+            await self._handle_disconnect(session.sid, namespace, self.reason.TRANSPORT_CLOSE)
+            sid = self.manager.sid_from_eio_sid(session.sid, namespace)
+            if sid is not None:  # was still connecting: no handler knows of it
+                self.manager.remove(sid, namespace)
+        self.environ.pop(session.sid, None)
+
+    # the default namespace
+
+    async def _open(self, session: Session, auth: object, opening: object) -> None:
+        """Answer a CONNECT. The client may leave while this waits: then `opening` is no more what the session opens."""
         try:
-            actor = await self._authenticate(auth, caller)
-        except Unavailable as refusal:
-            # refused for now: a closed transport makes the client come back, a CONNECT_ERROR would not
-            if isinstance(wire, Polled):
-                await self._end_transport(eio_sid)  # at once: what is queued now would still be read
-            else:
-                wire.hang_up()
-            raise socketio.exceptions.ConnectionRefusedError(refusal.detail) from None
-        except Refused as refusal:
-            raise socketio.exceptions.ConnectionRefusedError(
-                refusal.detail, {"code": refusal.code, "message": refusal.detail, **refusal.fields}
-            ) from None
-        if wire.gone:
-            raise socketio.exceptions.ConnectionRefusedError("gone")
-        self.connections[eio_sid] = connection = Connection(sid, wire, actor)
-        if isinstance(wire, Session):
-            wire.connection = connection
-        self._on_open(connection)
-
-    async def _disconnected(self, sid: str, reason: str) -> None:
-        eio_sid = self.manager.eio_sid_from_sid(sid, NAMESPACE)
-        connection = self.connections.pop(eio_sid, None)
-        if connection is not None:
+            actor = await self._authenticate(auth, session.caller)
+            if session.opening is not opening or session.closing:
+                return
+            connection = Connection(self.eio.generate_id(), session, actor)
+            payload, then = await self._open_connection(connection, auth)
+        except Exception as error:
+            if session.opening is opening:
+                session.opening = None
+                self._turn_away(session, error)
+            return
+        if session.opening is not opening or session.closing:
             connection.left = True
-            if isinstance(connection.wire, Session):
-                connection.wire.connection = None
-            self._on_close(connection)  # calls that are being worked on go on: a status change is not taken back
+            self._on_close(connection)
+            return
+        session.opening = None
+        self.manager.add(connection.id, session.sid, NAMESPACE)
+        session.connection = self.connections[session.sid] = connection
+        answer = msgspec.json.encode({"sid": connection.id, **payload})
+        session.send_frame(Frame("0" + answer.decode()))
+        then()
 
-    async def _handle_eio_disconnect(self, eio_sid: str, reason: str) -> None:
-        """A session has ended. Replaces the library's method, which leaves a poll that waits hanging until the ping
-        times out: the client waits for it, and so does a drain."""
-        socket = self.eio.sockets.get(eio_sid)
-        await super()._handle_eio_disconnect(eio_sid, reason)
-        if socket is not None and not socket.upgraded:
-            socket.queue.put_nowait(eio_packet.Packet(eio_packet.NOOP))
+    def _turn_away(self, session: Session, error: Exception) -> None:
+        if isinstance(error, Refused) and not isinstance(error, Unavailable):
+            told = {"code": error.code, "message": error.detail, **error.fields}
+            self._refuse_connect(session, NAMESPACE, error.detail, told)
+            return
+        if not isinstance(error, Unavailable):
+            log.error("connect_failed", exc_info=error)
+        # refused for now: a closed transport makes the client come back, a CONNECT_ERROR would not
+        session.hang_up()
+
+    def _refuse_connect(self, session: Session, namespace: str, message: str, data: object = None) -> None:
+        told = {"message": message} if data is None else {"message": message, "data": data}
+        session.send_frame(frame_of(self.packet_class(sio_packet.CONNECT_ERROR, data=told, namespace=namespace)))
+
+    def _leave(self, session: Session) -> None:
+        """The connection has ended. Calls that are being worked on go on: a status change is not taken back."""
+        session.opening = None
+        connection, session.connection = session.connection, None
+        if connection is not None:
+            self.connections.pop(session.sid, None)
+            connection.left = True
+            self.manager.remove(connection.id, NAMESPACE)
+            self._on_close(connection)
+
+    def acknowledge(self, connection: Connection, number: int, args: list[Any]) -> None:
+        """Answer the event that carried this number; arguments may hold bytes."""
+        connection.send(frame_of(self.packet_class(sio_packet.ACK, id=number, data=args)))
+
+    async def disconnect(self, sid: str, namespace: str | None = None, ignore_queue: bool = False) -> None:
+        if namespace not in (None, NAMESPACE):
+            await super().disconnect(sid, namespace, ignore_queue)
+            return
+        session = self.eio.sockets.get(self.manager.eio_sid_from_sid(sid, NAMESPACE))
+        if session is not None and session.connection is not None:
+            session.send_frame(Frame(str(sio_packet.DISCONNECT)))
+            self._leave(session)
 
     async def expel(self, connection: Connection, code: str) -> None:
         """End a session for good: `disconnected {code}`, then DISCONNECT, after which clients stay away."""
@@ -327,99 +225,128 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         await self.disconnect(connection.id)
         connection.hang_up()
 
-    async def _handle_eio_connect(self, eio_sid: str, environ: dict[str, Any]) -> None:
-        """A transport was opened: whoever stands behind it has until the deadline to say who it is."""
-        await super()._handle_eio_connect(eio_sid, environ)
-        asyncio.get_running_loop().call_later(self.connect_timeout_s, self._end_if_unconnected, eio_sid)
+    # what clients send
 
-    def _end_if_unconnected(self, eio_sid: str) -> None:
-        if eio_sid not in self.connections and eio_sid in self.eio.sockets:
-            metrics.connections_cut.labels("connect").inc()
-            self.start_background_task(self._end_transport, eio_sid)
-
-    def end_unconnected(self) -> None:
-        """A drain: whoever has not said yet who it is shall say it elsewhere."""
-        for eio_sid in self.eio.sockets.keys() - self.connections.keys():
-            socket = self.eio.sockets[eio_sid]
-            if isinstance(socket, Session):
-                socket.hang_up()
-            else:
-                self.start_background_task(self._end_transport, eio_sid)
-
-    async def _end_transport(self, eio_sid: str) -> None:
-        """Close a transport, whether or not anybody is at its other end."""
-        socket = self.eio.sockets.pop(eio_sid, None)
-        if socket is not None:
-            await socket.close(wait=False)
-            socket.queue.put_nowait(None)
-
-    async def _handle_eio_message(self, eio_sid: str, data: object) -> None:
-        """An Engine.IO message has arrived. Replaces the library's method: what is not understood ends the session."""
-        wire = self._wire(eio_sid)
-        if wire is None or wire.gone:
+    def _on_packet(self, session: Session, message: str | bytes) -> None:
+        if session.closing:
             return
         try:
-            if not isinstance(data, str):
-                raise ValueError("binary or not a Socket.IO packet")
-            packet = self._read(data)
-        except (ValueError, RecursionError):
-            self._refuse_packet(eio_sid)
+            packet = self._read(session, message)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            self._refuse_packet(session)
             return
-        if packet.packet_type == sio_packet.EVENT:
-            await self._event(eio_sid, packet)
-        elif packet.packet_type == sio_packet.CONNECT:
-            await self._handle_connect(eio_sid, packet.namespace, packet.data)
-        elif packet.packet_type == sio_packet.DISCONNECT:
-            await self._handle_disconnect(eio_sid, packet.namespace, self.reason.CLIENT_DISCONNECT)
-        elif packet.packet_type == sio_packet.ACK:
-            await self._handle_ack(eio_sid, packet.namespace, packet.id, packet.data)
+        if packet is None:
+            return
+        if packet.namespace in (None, NAMESPACE):
+            self._on_own_packet(session, packet)
+        else:
+            self._on_other_packet(session, packet)
 
-    def _read(self, data: str) -> sio_packet.Packet:
-        """Raises ValueError: not a packet that a client of this server may send."""
-        packet = self.packet_class(encoded_packet=data)
-        if packet.packet_type in (sio_packet.EVENT, sio_packet.ACK):
+    def _read(self, session: Session, message: str | bytes) -> sio_packet.Packet | None:
+        """The packet that is whole now; None while attachments are missing. Raises ValueError and its like: not a
+        packet that a client of this server may send."""
+        waiting = self._binary_packet.get(session.sid)
+        if waiting is not None:
+            if isinstance(message, str):
+                raise ValueError("attachments are missing")
+            if not waiting.add_attachment(message):
+                return None
+            del self._binary_packet[session.sid]
+            return waiting
+        if not isinstance(message, str):
+            raise ValueError("nobody waits for an attachment")
+        packet = self.packet_class(encoded_packet=message)
+        kind = packet.packet_type
+        if kind in EVENTS or kind in ACKS:
             if not isinstance(packet.data, list) or len(str(packet.id or 0)) > ACK_DIGITS_MAX:
                 raise ValueError("an event is a list")
-            if packet.packet_type == sio_packet.EVENT and not (packet.data and isinstance(packet.data[0], str)):
+            if kind in EVENTS and not (packet.data and isinstance(packet.data[0], str)):
                 raise ValueError("an event has a name")
-        elif packet.packet_type == sio_packet.CONNECT:
+        elif kind == sio_packet.CONNECT:
             if packet.data is not None and not isinstance(packet.data, dict):
                 raise ValueError("the payload of CONNECT is an object")
-        elif packet.packet_type != sio_packet.DISCONNECT:
+        elif kind != sio_packet.DISCONNECT:
             raise ValueError("not for a server")
-        return packet
+        if kind not in BINARY:
+            if packet.attachment_count:
+                raise ValueError("not for attachments")
+            return packet
+        if not 0 < packet.attachment_count <= self._attachments_max:
+            raise ValueError("no attachments, or too many")
+        self._binary_packet[session.sid] = packet
+        return None
 
-    async def _handle_connect(self, eio_sid: str, namespace: str | None, data: object) -> None:
-        if namespace not in (None, NAMESPACE):
-            await self._send_packet(
-                eio_sid,
-                self.packet_class(sio_packet.CONNECT_ERROR, data={"message": "Invalid namespace"}, namespace=namespace),
-            )
-            return
-        # an empty object is a payload too; the library would call the handler as if there were none
-        await super()._handle_connect(eio_sid, namespace, data)
+    def _on_own_packet(self, session: Session, packet: sio_packet.Packet) -> None:
+        kind, connection = packet.packet_type, session.connection
+        if kind in EVENTS:
+            if connection is None:
+                self._refuse_packet(session, code="unauthenticated", number=packet.id)
+            else:
+                name, *args = packet.data
+                self.eio.on_event(connection, name, args, packet.id)
+        elif kind == sio_packet.CONNECT:
+            if connection is not None or session.opening is not None:
+                self._refuse_connect(session, NAMESPACE, "Connected already")
+            else:
+                session.opening = opening = object()
+                self._spawn(self._open(session, packet.data, opening))
+        elif kind == sio_packet.DISCONNECT:
+            self._leave(session)
+        elif connection is not None:
+            self._spawn(self.manager.trigger_callback(connection.id, packet.id, packet.data))
 
-    async def _event(self, eio_sid: str, packet: sio_packet.Packet) -> None:
-        connection = self.connections.get(eio_sid)
-        if connection is None or packet.namespace not in (None, NAMESPACE):
-            self._refuse_packet(eio_sid, code="unauthenticated", number=packet.id)
-            return
-        name, *args = packet.data
-        self.on_event(connection, name, args, packet.id)
-        while isinstance(connection.wire, Polled) and connection.wire.held:
-            await asyncio.wait(connection.calls, return_when="FIRST_COMPLETED")
+    def _on_other_packet(self, session: Session, packet: sio_packet.Packet) -> None:
+        """A packet for a namespace of the library's handlers."""
+        kind, namespace, sid = packet.packet_type, packet.namespace, session.sid
+        if kind == sio_packet.CONNECT:
+            if not self._serves(namespace):
+                self._refuse_connect(session, namespace, "Invalid namespace")
+            elif self.manager.sid_from_eio_sid(sid, namespace) is not None:
+                self._refuse_connect(session, namespace, "Connected already")
+            else:
+                self._handle_in_turn(session, self._handle_connect(sid, namespace, packet.data))
+        elif not self._serves(namespace):
+            if kind in EVENTS:
+                self._refuse_packet(session, code="unauthenticated", number=packet.id)
+        elif kind == sio_packet.DISCONNECT:
+            self._handle_in_turn(session, self._handle_disconnect(sid, namespace, self.reason.CLIENT_DISCONNECT))
+        elif kind in EVENTS:
+            self._spawn(self._handle_event(sid, namespace, packet.id, packet.data))
+        else:
+            self._spawn(self._handle_ack(sid, namespace, packet.id, packet.data))
 
-    def _refuse_packet(self, eio_sid: str, code: str = "malformed", number: int | None = None) -> None:
+    def _serves(self, namespace: str) -> bool:
+        return any(namespace in known or "*" in known for known in (self.handlers, self.namespace_handlers))
+
+    def _handle_in_turn(self, session: Session, work: Coroutine[Any, Any, None]) -> None:
+        """What the client sent after this packet waits for its end."""
+        session.hold(_HANDLING)
+        self._spawn(work).add_done_callback(lambda _: session.resume(_HANDLING))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("socket_handler_failed", exc_info=error)
+
+    async def _send_packet(self, eio_sid: str, pkt: sio_packet.Packet) -> None:
+        session = self.eio.sockets.get(eio_sid)
+        if session is not None:
+            session.send_frame(frame_of(pkt))
+
+    def _refuse_packet(self, session: Session, code: str = "malformed", number: int | None = None) -> None:
         """Tell the client why, then end the transport: after a packet that is not understood nothing can be."""
-        wire = self._wire(eio_sid)
-        if wire is None:
-            return
         message = "Send CONNECT first." if code == "unauthenticated" else "This is not a Socket.IO packet."
         error = {"code": code, "message": message}
         if number is not None:
-            wire.send_frame(acknowledgement(number, msgspec.json.encode({"ok": False, "error": error})))
-        if eio_sid in self.connections:
-            self.connections[eio_sid].emit("disconnected", Disconnected(code=code))
+            session.send_frame(acknowledgement(number, msgspec.json.encode({"ok": False, "error": error})))
+        if session.connection is not None:
+            session.connection.emit("disconnected", Disconnected(code=code))
         else:
-            wire.send_frame(Frame("4" + msgspec.json.encode({"message": message, "data": error}).decode()))
-        wire.hang_up()
+            self._refuse_connect(session, NAMESPACE, message, error)
+        session.hang_up()

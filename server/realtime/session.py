@@ -1,29 +1,26 @@
-"""Engine.IO sessions: over a lean WebSocket for those that connect so, over the library's socket for those that poll.
+"""Engine.IO sessions: one class, whether its client is on a WebSocket, polls, or moves from the one to the other.
 
-Both are what python-socketio expects of an Engine.IO socket, so its rooms, acknowledgements and calls work with either.
+A session is what python-socketio expects of an Engine.IO socket, so its rooms, acknowledgements and calls work with it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import math
-from collections.abc import Callable, Coroutine
+import itertools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
-from engineio.async_socket import AsyncSocket
 
 from server import metrics
+from server.realtime.backlog import Wheel
 from server.realtime.connections import Connection, Frame
-from server.realtime.websocket import GOING_AWAY, TEXT, WebSocket, encode
+from server.realtime.polling import Polling
+from server.realtime.websocket import BINARY, GOING_AWAY, NORMAL, PING, TEXT, WebSocket, encode
 
 ACK_DIGITS_MAX = 15
 """Longest acknowledgement number: what a JavaScript number counts exactly."""
-
-POLL_AGAIN_S = 1.0
-"""How long a client that polls may take to come for the last messages of a session that ends."""
 
 _decode = msgspec.json.Decoder(list[Any]).decode
 _PING = encode(TEXT, b"2")
@@ -31,81 +28,126 @@ _PING = encode(TEXT, b"2")
 _SLOW = 2
 """Why a session is held, besides the 1 of its unanswered calls."""
 
+_MARK_DIGITS_MAX = 19
+"""Longest number that comes back from a mark of ours."""
+
+_marks = itertools.count(1)
+
 
 class Handler(Protocol):
-    """What sessions need of the engine."""
+    """What sessions need of the server that they belong to."""
 
     wheel: Wheel
-    connect_timeout_s: float
     ping_interval_s: float
     ping_timeout_s: float
+    upgrade_timeout_s: float
+    frame_max_bytes: int
     slow_bytes: int
     queue_max_bytes: int
     slow_max_s: float
+    on_event: Callable[[Connection, str, list[Any], int | None], None]
+    """An event of a client that is connected to the default namespace."""
+    on_packet: Callable[[Session, str | bytes], None]
+    """A Socket.IO packet that is anything else, or an attachment."""
 
-    def on_packet(self, session: Session, packet: str) -> Coroutine[Any, Any, None]:
-        """A Socket.IO packet that is not an event of a connected client."""
+    def count_websocket(self, difference: int) -> None:
+        """A WebSocket was opened or has ended."""
 
-    def on_event(self, connection: Connection, name: str, args: list[Any], number: int | None) -> None: ...
-
-    def on_gone(self, session: Session, reason: str) -> Coroutine[Any, Any, None]: ...
+    def end(self, session: Session) -> None:
+        """A session has ended. May be told more than once."""
 
 
 class Session(WebSocket):
-    """An Engine.IO session whose transport was a WebSocket from the start.
+    """An Engine.IO session, on a WebSocket from the start (`open`) or polling (`open_polling`) until it is upgraded.
 
     A slow reader is first coalesced: while more than `slow_bytes` wait for it, only the newest position of each order
     is kept. It is cut when `queue_max_bytes` wait, or when it has been slow for `slow_max_s`: its transport is aborted,
     so that all memory is free at once, and the client comes back and recovers.
     """
 
-    __slots__ = ("_awaits_pong", "_engine", "_latest", "_slow", "_tasks", "caller", "connection", "session", "sid")
+    __slots__ = (
+        "_awaits_pong",
+        "_handler",
+        "_latest",
+        "_received",
+        "_slow",
+        "_user_session",
+        "caller",
+        "connection",
+        "opening",
+        "sid",
+    )
 
-    connected = upgraded = True
-    upgrading = False
-
-    def __init__(self, engine: Handler, sid: str, max_bytes: int, caller: str) -> None:
-        super().__init__(max_bytes)
-        self._engine = engine
+    def __init__(self, handler: Handler, sid: str, caller: str) -> None:
+        super().__init__(handler.frame_max_bytes)
+        self._handler = handler
         self.sid = sid
         self.caller = caller
         """Whom the limits of strangers count."""
         self.connection: Connection | None = None
-        self.session: dict[str, Any] = {}
-        """Kept for AsyncServer.save_session."""
+        """The Socket.IO session on the default namespace."""
+        self.opening: object | None = None
+        """Stands for the one that is being opened."""
+        self._user_session: dict[str, Any] | None = None
         self._awaits_pong = False
         self._slow: asyncio.TimerHandle | None = None
-        self._latest: dict[str, Frame] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._latest: dict[str, Frame] | None = None
+        self._received: dict[int, Callable[[], None]] | None = None
 
     def open(self, request: web.BaseRequest, greeting: bytes) -> None:
         """Take the connection over and greet. Raises ConnectionResetError: the client has gone."""
         self.take_over(request)
         assert self._transport is not None
-        self._transport.set_write_buffer_limits(high=self._engine.slow_bytes)
+        self._transport.set_write_buffer_limits(high=self._handler.slow_bytes)
+        self._handler.count_websocket(1)
         self.write(encode(TEXT, greeting))
-        self._engine.wheel.after(self._engine.connect_timeout_s, self._check_connected)
-        self._engine.wheel.after(self._engine.ping_interval_s, self._ping)
+        self._handler.wheel.after(self._handler.ping_interval_s, self._ping)
+
+    def open_polling(self) -> None:
+        """Wait for requests; whoever asked for the session is greeted in the answer."""
+        self._transport = Polling(self, self._handler.slow_bytes)
+        self._handler.wheel.after(self._handler.ping_interval_s, self._ping)
+
+    @property
+    def polling(self) -> Polling | None:
+        """The transport, unless it is a WebSocket or has ended."""
+        transport = self._transport
+        return transport if isinstance(transport, Polling) and not transport.ended else None
+
+    def upgrade(self, transport: asyncio.Transport, rest: bytes) -> None:
+        """Go on over this transport: what no poll has taken yet goes first. `rest` was read from it already."""
+        polling = self.polling
+        assert polling is not None
+        self._transport = transport
+        if queued := polling.leave():
+            transport.write(queued)
+        transport.set_protocol(self)
+        if transport.get_write_buffer_size() > self._handler.slow_bytes:
+            if self._slow is None:
+                self.pause_writing()
+        elif self._slow is not None:
+            self.resume_writing()
+        if self._held:
+            transport.pause_reading()
+        self.data_received(rest)
 
     # liveness
-
-    def _check_connected(self) -> None:
-        if self.connection is None and not self.closing:
-            self._cut("no_connect")
 
     def _ping(self) -> None:
         if not self.closing:
             self._awaits_pong = True
             self.write(_PING)
-            self._engine.wheel.after(self._engine.ping_timeout_s, self._check_pong)
+            self._handler.wheel.after(self._handler.ping_timeout_s, self._check_pong)
 
     def _check_pong(self) -> None:
         if self._awaits_pong and not self.closing:
-            self._cut("ping_timeout")
+            self.cut("ping_timeout")
         else:
-            self._engine.wheel.after(max(self._engine.ping_interval_s - self._engine.ping_timeout_s, 1), self._ping)
+            pause_s = self._handler.ping_interval_s - self._handler.ping_timeout_s
+            self._handler.wheel.after(max(pause_s, 0), self._ping)
 
-    def _cut(self, reason: str) -> None:
+    def cut(self, reason: str) -> None:
+        """End the transport at once, and count why."""
         metrics.connections_cut.labels(reason).inc()
         self.abort()
 
@@ -119,28 +161,51 @@ class Session(WebSocket):
         if self.closing or self._transport is None:
             return
         self._transport.write(message.wire)
-        if self._slow is not None and self._transport.get_write_buffer_size() > self._engine.queue_max_bytes:
-            self._cut("slow_bytes")
+        if self._slow is not None and self._transport.get_write_buffer_size() > self._handler.queue_max_bytes:
+            self.cut("slow_bytes")
 
     def send_latest(self, key: str, message: Frame) -> None:
-        if self._slow is not None:
+        if self._latest is not None:
             if key in self._latest:
                 metrics.coalesced.inc()
             self._latest[key] = message
         elif not self.closing:
             self._transport.write(message.wire)  # type: ignore[union-attr]
 
+    def when_received(self, callback: Callable[[], None]) -> None:
+        """A PING of the WebSocket follows what was sent; its PONG is the proof, or while polling the GET after the one
+        that took it."""
+        if self.closing:
+            return
+        if self._received is None:
+            self._received = {}
+        mark = next(_marks)
+        self._received[mark] = callback
+        self.write(encode(PING, b"%d" % mark))
+
+    def on_pong(self, payload: bytes) -> None:
+        if self._received is None or not payload.isdigit() or len(payload) > _MARK_DIGITS_MAX:
+            return
+        mark = int(payload)
+        proven = [each for each in self._received if each <= mark]
+        callbacks = [self._received.pop(each) for each in proven]
+        if not self._received:
+            self._received = None
+        for callback in callbacks:
+            callback()
+
     def pause_writing(self) -> None:
         """The client reads more slowly than we write: so we read no more of what it asks."""
+        self._latest = {}
+        self._slow = asyncio.get_running_loop().call_later(self._handler.slow_max_s, self.cut, "slow_age")
         self.hold(_SLOW)
-        self._slow = asyncio.get_running_loop().call_later(self._engine.slow_max_s, self._cut, "slow_age")
 
     def resume_writing(self) -> None:
         if self._slow is not None:
             self._slow.cancel()
             self._slow = None
-        latest, self._latest = self._latest, {}
-        for message in latest.values():
+        latest, self._latest = self._latest, None
+        for message in (latest or {}).values():
             self.send_frame(message)
         self.resume(_SLOW)
 
@@ -154,12 +219,15 @@ class Session(WebSocket):
         kind = message[:1]
         if kind == "4":
             if not (message[1:2] == "2" and self.connection is not None and self._event(self.connection, message)):
-                self._spawn(self._engine.on_packet(self, message[1:]))
+                self._handler.on_packet(self, message[1:])
+        elif kind == "1" and self.polling is not None:
+            self.abort()  # there is nobody to say goodbye to: the client takes its word as the end
         elif kind != "3":
-            self.hang_up()  # 1 is goodbye; everything else is no packet of a client on a WebSocket
+            self.hang_up()  # 1 is goodbye; everything else is no packet of a client
 
     def on_binary(self, message: bytes) -> None:
-        self._spawn(self._engine.on_packet(self, ""))
+        self._awaits_pong = False
+        self._handler.on_packet(self, message)
 
     def _event(self, connection: Connection, message: str) -> bool:
         """Read `42<number>[name, ...]` and hand it on at once. False: it is not as simple as that."""
@@ -173,19 +241,31 @@ class Session(WebSocket):
             return False
         if not isinstance(name, str):
             return False
-        self._engine.on_event(connection, name, args, int(digits) if digits else None)
+        self._handler.on_event(connection, name, args, int(digits) if digits else None)
         return True
 
+    # the end
+
+    def eof_received(self) -> bool:
+        """The client has closed its side. Thousands may do so at once: the transport is closed when its turn comes."""
+        self.closing = True
+        self._handler.end(self)
+        return True
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not isinstance(self._transport, Polling):
+            self._handler.count_websocket(-1)
+        super().connection_lost(error)
+
     def on_close(self) -> None:
+        self._handler.end(self)
+
+    def forget(self) -> None:
+        """Let go of what only a living session needs."""
         if self._slow is not None:
             self._slow.cancel()
-        self._latest.clear()
-        self._spawn(self._engine.on_gone(self, "transport close"))
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            self._slow = None
+        self._latest = self._received = None
 
     # what python-socketio asks of an Engine.IO socket
 
@@ -193,85 +273,88 @@ class Session(WebSocket):
     def closed(self) -> bool:
         return self.closing
 
+    @property
+    def upgraded(self) -> bool:
+        return not isinstance(self._transport, Polling)
+
+    @property
+    def session(self) -> dict[str, Any]:
+        """Kept for AsyncServer.save_session."""
+        if self._user_session is None:
+            self._user_session = {}
+        return self._user_session
+
+    @session.setter
+    def session(self, value: dict[str, Any]) -> None:
+        self._user_session = value
+
     async def send(self, packet: Any) -> None:
         """Send a packet of the library's."""
         encoded = packet.encode()
-        if isinstance(encoded, str):
-            self.write(encode(TEXT, encoded.encode()))
-
-    async def close(self, wait: bool = True, abort: bool = False, reason: object = None) -> None:  # type: ignore[override]
-        self.hang_up()
-
-    async def check_ping_timeout(self) -> bool:
-        return not self.closing
+        self.write(encode(TEXT, encoded.encode()) if isinstance(encoded, str) else encode(BINARY, encoded))
 
 
-class Polled:
-    """The library's socket as a Wire: sessions that poll, and those that were upgraded from polling."""
+class Probe(WebSocket):
+    """A WebSocket that a polling session may change to: `2probe`, `3probe`, and `5` hands the transport over."""
 
-    def __init__(self, socket: AsyncSocket, queue_max: int) -> None:
-        self._socket = socket
-        self._queue_max = queue_max
-        self.held = False
+    __slots__ = ("_handing_over", "_handler", "_session")
 
-    @property
-    def gone(self) -> bool:
-        return bool(self._socket.closed or self._socket.closing)
+    def __init__(self, handler: Handler, session: Session) -> None:
+        super().__init__(handler.frame_max_bytes)
+        self._handler = handler
+        self._session = session
+        self._handing_over = False
 
-    def send_frame(self, message: Frame) -> None:
-        if self.gone:
+    def open(self, request: web.BaseRequest) -> None:
+        """Take the connection over. One that has nothing to change is closed: its session has a WebSocket, or is about
+        to. Raises ConnectionResetError: the client has gone."""
+        self.take_over(request)
+        assert self._transport is not None
+        self._transport.set_write_buffer_limits(high=self._handler.slow_bytes)
+        self._handler.count_websocket(1)
+        polling = self._session.polling
+        if polling is None or polling.probe is not None or self._session.closing:
+            self.close(NORMAL)
             return
-        if self._socket.queue.qsize() >= self._queue_max:
-            metrics.connections_cut.labels("slow_bytes").inc()
-            self.hang_up()
-            return
-        self._socket.queue.put_nowait(message.packet)
+        polling.probe = self
+        self._handler.wheel.after(self._handler.upgrade_timeout_s, self._check_done)
 
-    def send_latest(self, key: str, message: Frame) -> None:
-        if self._socket.queue.qsize() < self._queue_max // 2:
-            self.send_frame(message)
+    def _check_done(self) -> None:
+        if self._transport is not None:
+            metrics.connections_cut.labels("upgrade").inc()
+            self.abort()
+
+    def on_text(self, message: str) -> None:
+        polling = self._session.polling
+        if polling is None or polling.probe is not self:
+            self.close(NORMAL)
+        elif message == "2probe" and not polling.yields:
+            self.write(encode(TEXT, b"3probe"))
+            polling.yield_to_probe()
+        elif message == "5" and polling.yields and not self._session.closing:
+            self._handing_over = True
+            self._held = 1  # what follows is for the session
         else:
-            metrics.coalesced.inc()
+            self._give_up()
 
-    def hold(self, why: int = 1) -> None:
-        """The library reads the next packet when the last one was handled; the engine looks at `held` before."""
-        self.held = True
+    def on_binary(self, message: bytes) -> None:
+        self._give_up()
 
-    def resume(self, why: int = 1) -> None:
-        self.held = False
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._handing_over and self._transport is not None:
+            transport, self._transport = self._transport, None
+            self._session.upgrade(transport, self._buffer)
 
-    def hang_up(self) -> None:
-        if self._socket.upgraded:
-            self._socket.queue.put_nowait(None)
-        else:
-            self._socket.server.start_background_task(self._end_polling)
+    def _give_up(self) -> None:
+        self._forget()
+        self.close(NORMAL)
 
-    async def _end_polling(self) -> None:
-        """The session ends, not only a poll: when the client has taken what is queued, or does not come for it. It is
-        not told CLOSE, because the official client drops what came with that in one answer."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(POLL_AGAIN_S):
-                await self._socket.queue.join()
-        await self._socket.close(wait=False, abort=True)
+    def _forget(self) -> None:
+        polling = self._session.polling
+        if polling is not None and polling.probe is self:
+            polling.forget_probe()
 
-
-class Wheel:
-    """Deadlines of all sessions in one timer: a second is precise enough, and a dict entry cheaper than a task."""
-
-    def __init__(self) -> None:
-        self._slots: dict[int, list[Callable[[], None]]] = {}
-
-    def after(self, seconds: float, act: Callable[[], None]) -> None:
-        """Call `act` when at least `seconds` and at most a second more have passed."""
-        slot = math.ceil(asyncio.get_running_loop().time() + seconds)
-        self._slots.setdefault(slot, []).append(act)
-
-    async def run(self) -> None:
-        """Turn, until cancelled."""
-        loop = asyncio.get_running_loop()
-        while True:
-            now = math.floor(loop.time())
-            for slot in [slot for slot in self._slots if slot <= now]:
-                for act in self._slots.pop(slot):
-                    act()
-            await asyncio.sleep(math.floor(loop.time()) + 1 - loop.time())
+    def on_close(self) -> None:
+        self._forget()
+        self._handler.count_websocket(-1)

@@ -49,6 +49,12 @@ def is_handshake(request: web.BaseRequest) -> bool:
     )
 
 
+def can_take_over(request: web.BaseRequest) -> bool:
+    """Whether `WebSocket.take_over` can work here: not every transport lets its protocol be changed."""
+    transport = request.transport
+    return transport is not None and hasattr(transport, "set_protocol") and hasattr(request.protocol, "connection_lost")
+
+
 class WebSocket(asyncio.Protocol):
     """One connection. Subclasses get each message in `on_text` or `on_binary`, and `on_close` once at the end."""
 
@@ -90,6 +96,9 @@ class WebSocket(asyncio.Protocol):
 
     def on_binary(self, message: bytes) -> None:
         """A whole binary message."""
+
+    def on_pong(self, payload: bytes) -> None:
+        """The peer has answered a PING that carried this."""
 
     def on_close(self) -> None:
         """The connection is gone."""
@@ -177,7 +186,9 @@ class WebSocket(asyncio.Protocol):
             if not self.closing:
                 self.write(encode(CLOSE, payload[:2]))
             self._end()
-        elif opcode != PONG:
+        elif opcode == PONG:
+            self.on_pong(payload)
+        else:
             self._fail(PROTOCOL_ERROR)
 
     def _fragment(self, opcode: int, final: bool, payload: bytes) -> None:

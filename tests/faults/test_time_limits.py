@@ -308,7 +308,7 @@ async def test_a_polling_session_that_nobody_polls_dies(instance: Instance) -> N
         address = f"{instance.url}{POLLING}&sid={await polling_session(session, instance)}"
         connect = f'40{{"token":"{token("customer", "c1")}"}}'
         async with session.post(address, data=connect) as reply:
-            assert await reply.text() == "OK"
+            assert await reply.text() == "ok"
 
     async def connections() -> float:
         return await metric(instance, "waybill_connections ")

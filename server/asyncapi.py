@@ -29,6 +29,11 @@ client comes back by itself.
 
 Events with a `seq` are rows of the order's log: on one connection each number comes once, in order, without a hole.
 After a reconnect, subscribe again with `afterSeq`: the answer holds everything in between.
+
+With `auth: {token, recovery: true}` the JavaScript client does that by itself (connection state recovery): CONNECT is
+answered with a `pid` too, and events of watched orders with a `seq` have a second argument, a string that the client
+keeps as its offset. When `socket.recovered` is true after a reconnect, all subscriptions live on and what was missed
+follows; otherwise subscribe again.
 """
 
 ACKNOWLEDGEMENTS = """\

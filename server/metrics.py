@@ -28,6 +28,9 @@ rates_not_counted = Counter(
     "waybill_rates_not_counted_total", "Let through uncounted, because Redis was away, late or in error.", ["why"]
 )
 coalesced = Counter("waybill_coalesced_total", "Positions that were replaced by a newer one for a slow reader.")
+recoveries = Counter(
+    "waybill_recoveries_total", "Clients that came back with a session: recovered, or why it was lost.", ["outcome"]
+)
 connections_cut = Counter(
     "waybill_connections_cut_total", "Connections that were closed because the client took too long.", ["why"]
 )

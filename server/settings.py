@@ -132,6 +132,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 64 * 1024
     queue_max_bytes: Annotated[Bytes, Meta(description="unread bytes at which a slow socket is cut")] = 1024 * 1024
     slow_max_s: Annotated[Seconds, Meta(description="time after which a slow socket is cut")] = 15
+    recovery_keep_s: Annotated[
+        Seconds, Meta(description="how long a client with `recovery: true` may be away and still be recovered")
+    ] = 300
+    recovery_offset_max_bytes: Annotated[Bytes, Meta(description="longest offset of such a client")] = 6144
     long_poll_max_s: Annotated[Seconds, Meta(description="longest `wait` of a read")] = 30
     room_events_max: Annotated[Count, Meta(description="newest events that a watched order keeps in memory")] = 64
     ping_interval_s: Annotated[Seconds, Meta(description="how often a socket is asked whether it lives")] = 25
@@ -375,6 +379,10 @@ def _check_relations(s: Settings) -> None:
             "RATE_LIMIT_WAIT_MS must be less than SUBSCRIBE_TIMEOUT_MS",
         ),
         (s.slow_bytes < s.queue_max_bytes, "SLOW_BYTES must be less than QUEUE_MAX_BYTES"),
+        (
+            s.token_max_bytes + s.recovery_offset_max_bytes < s.frame_max_bytes,
+            "TOKEN_MAX_BYTES and RECOVERY_OFFSET_MAX_BYTES together must be less than FRAME_MAX_BYTES",
+        ),
         (s.frame_max_bytes <= s.body_max_bytes, "FRAME_MAX_BYTES must not be more than BODY_MAX_BYTES"),
         (
             s.idempotency_keep_s >= 7 * 24 * 3600,

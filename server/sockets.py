@@ -59,8 +59,9 @@ from server.outbox import ORDER_PREFIX, USER_PREFIX, order_channel, unpack, user
 from server.realtime.bus import Bus
 from server.realtime.connections import Connection, Frame, Opening, acknowledgement, frame
 from server.realtime.engine import Engine, Unreadable
-from server.realtime.positions import PositionLane, parse
-from server.realtime.rooms import Room, Rooms
+from server.realtime.positions import Known, PositionLane, parse
+from server.realtime.recovery import Lost, Recoverable, Sessions, Unsaved
+from server.realtime.rooms import Member, Room, Rooms
 from server.settings import Settings
 
 log = structlog.get_logger()
@@ -177,6 +178,25 @@ def listed(events: Sequence[Event]) -> list[ToldEvent]:
     return [ToldEvent(one.type, one.seq, one.at, msgspec.Raw(one.payload)) for one in events]
 
 
+class _Entered(NamedTuple):
+    """A room that a connection has joined, and what it looked like after that."""
+
+    actor: Actor
+    room: Room[Event]
+    member: Member
+    snapshot: tracking.Snapshot
+    location: bytes | None
+    """The last known position, if positions flow."""
+
+    def holds(self, connection: Connection) -> bool:
+        """Whether the connection is still in the room as it was permitted to, and the room has all that came since."""
+        return (
+            self.room.members.get(connection.id) is self.member
+            and connection.actor is self.actor
+            and self.room.covers(self.snapshot.order.seq)
+        )
+
+
 class Sockets:
     """One instance's side of the Socket.IO door."""
 
@@ -203,6 +223,9 @@ class Sockets:
         """For each of them its latest orders with the number of the assignment that its sockets were told of."""
         self._noticed: set[str] = set()
         """Connections that were told that their token is about to expire."""
+        self._sessions = Sessions(
+            bus, keep_s=settings.recovery_keep_s, offset_max_bytes=settings.recovery_offset_max_bytes
+        )
         self.engine = Engine(
             authenticate=self._authenticate,
             caller_of=self._limits.network_of,
@@ -244,6 +267,75 @@ class Sockets:
             raise
 
     async def _open_connection(self, connection: Connection, auth: object) -> Opening:
+        """Begin a connection, or carry on where an earlier one of the client was lost."""
+        opening = Opening({}, _nothing)
+        if isinstance(auth, dict) and auth.get("recovery") is True:
+            opening = await self._recover(connection, auth) or self._begin_session(connection)
+        self._register(connection)
+        return opening
+
+    def _begin_session(self, connection: Connection) -> Opening:
+        connection.recoverable = self._sessions.begin(connection, _who(connection.actor))
+        if connection.recoverable is None:
+            return Opening({}, _nothing)
+        return self._keep_session(connection, connection.recoverable, _nothing)
+
+    def _keep_session(self, connection: Connection, recoverable: Recoverable, then: Callable[[], None]) -> Opening:
+        """Keep the session in Redis for as long as the connection lasts, and RECOVERY_KEEP_S longer."""
+
+        def keep() -> None:
+            if not connection.gone:
+                self._sessions.keep(recoverable.pid)
+                self.engine.eio.wheel.after(self._sessions.keep_s / 3, keep)
+
+        keep()
+        return Opening({"pid": recoverable.pid}, then)
+
+    async def _recover(self, connection: Connection, auth: dict[str, Any]) -> Opening | None:
+        """Enter all rooms of the session that the client comes back to; None: that cannot be proven to lose nothing."""
+        pid = auth.get("pid")
+        if not isinstance(pid, str):
+            return None
+        try:
+            marks = await self._sessions.find(pid, auth.get("offset"), _who(connection.actor))
+            entered = await self._enter_all(connection, marks)
+        except Lost as lost:
+            metrics.recoveries.labels(str(lost)).inc()
+            self.rooms.leave_all(connection)
+            return None
+        metrics.recoveries.labels("recovered").inc()
+        connection.recoverable = Recoverable(self._sessions, connection, pid)
+
+        def resume() -> None:
+            for key, one in entered.items():
+                one.member.mark = marks[key]
+                order = one.snapshot.order
+                self.rooms.settle(one.room, one.member, order.seq, one.snapshot.assignment, one.snapshot.events)
+                if one.location is not None:
+                    connection.send_latest(key, frame("orderLocationUpdate", one.location))
+
+        return self._keep_session(connection, connection.recoverable, resume)
+
+    async def _enter_all(self, connection: Connection, marks: Mapping[str, int]) -> dict[str, _Entered]:
+        """Enter all rooms of a session, each with what it missed. Raises Lost: one of them cannot be entered."""
+        entered: dict[str, _Entered] = {}
+        missing = list(marks)
+        try:
+            async with asyncio.timeout(self._settings.subscribe_timeout_ms / 1000):
+                while missing:
+                    entering = (self._enter(connection, key, marks[key]) for key in missing)
+                    for key, one in zip(missing, await asyncio.gather(*entering, return_exceptions=True), strict=True):
+                        if isinstance(one, BaseException):
+                            raise one
+                        entered[key] = one
+                    missing = [key for key, one in entered.items() if not one.holds(connection)]
+        except (Unavailable, TimeoutError):
+            raise Lost("unavailable") from None
+        except Refused:
+            raise Lost("refused") from None
+        return entered
+
+    def _register(self, connection: Connection) -> None:
         metrics.connections.inc()
         actor = connection.actor
         if actor.role is Role.AGENT:
@@ -251,7 +343,6 @@ class Sockets:
                 self._bus.subscribe(user_channel(actor.sub))
             self._agents.setdefault(actor.sub, {})[connection.id] = connection
         log.debug("socket_opened", connection_id=connection.id, role=actor.role)
-        return Opening({}, lambda: None)
 
     def _on_close(self, connection: Connection) -> None:
         metrics.connections.dec()
@@ -292,7 +383,7 @@ class Sockets:
         await self.engine.expel(connection, code)
 
     def _close_subscription(self, connection: Connection, order_id: str, code: str) -> None:
-        self.rooms.leave(connection, order_id)
+        self._leave(connection, order_id)
         connection.emit("subscriptionClosed", SubscriptionClosed(order_id=order_id, code=code))
 
     def drain(self, retry_in_ms: int) -> None:
@@ -387,44 +478,71 @@ class Sockets:
                 raise RateLimited(f"One socket watches {most} orders at most.", retry_after_ms=1000)
         try:
             async with asyncio.timeout(self._settings.subscribe_timeout_ms / 1000):
-                while True:
-                    actor = connection.actor
-                    async with self._doors.database.statement() as tx:
-                        await tracking.permit(tx, actor, key, after)
-                    room, member = self.rooms.join(connection, key, _view_of(actor))
-                    await self.rooms.listening(room, self._settings.redis_timeout_ms / 1000)
-                    known = asyncio.ensure_future(self._lane.known(key))
-                    async with self._doors.database.statement() as tx:
-                        snapshot = await tracking.snapshot(tx, actor, key, after)
-                    last = await known
-                    # else it missed too much, was shut out, or got another token while we read: from the beginning
-                    is_member = room.members.get(connection.id) is member
-                    if is_member and connection.actor is actor and room.covers(snapshot.order.seq):
-                        break
+                one = await self._enter(connection, key, after, asked=True)
         except Invalid:
             raise  # of what the client asked, nothing was done: an earlier subscription stays
+        except Unsaved:
+            self._send_away(connection)
+            return
         except TimeoutError:
-            self.rooms.leave(connection, key)
+            self._leave(connection, key)
             raise Unavailable("Subscribing took too long; try again.") from None
         except BaseException:
-            self.rooms.leave(connection, key)
+            self._leave(connection, key)
             raise
         if connection.gone:
             self.rooms.leave(connection, key)
             return
-        location = None
-        if snapshot.assignment:
-            seen = [(last.ts, last.payload)] if last is not None and last.assignment == snapshot.assignment else []
-            if room.position is not None and room.epoch == snapshot.assignment:
-                seen.append(room.position)
-            location = msgspec.Raw(max(seen)[1]) if seen else None
+        snapshot = one.snapshot
+        location = msgspec.Raw(one.location) if one.location is not None else None
         answer = Subscribed(True, snapshot.order.seq, snapshot.order, location, listed(snapshot.events))
         # from here to the end nothing may wait: the answer and the membership are one step
         self._acknowledge(connection, number, "subscribeToOrder", "ok", msgspec.json.encode(answer))
-        self.rooms.settle(room, member, snapshot.order.seq, snapshot.assignment)
+        if connection.recoverable is not None:
+            connection.recoverable.joined(key, snapshot.order.seq)
+        self.rooms.settle(one.room, one.member, snapshot.order.seq, snapshot.assignment)
+
+    async def _enter(self, connection: Connection, key: str, after: int | None, *, asked: bool = False) -> _Entered:
+        """Permit, join, then read, in that order. `asked`: by the client, which will be told.
+
+        Raises:
+            What permitting refuses; Unsaved: the client is recoverable, and Redis could not be told.
+        """
+        while True:
+            actor = connection.actor
+            async with self._doors.database.statement() as tx:
+                await tracking.permit(tx, actor, key, after)
+            room, member = self.rooms.join(connection, key, _view_of(actor))
+            if asked and connection.recoverable is not None:
+                await connection.recoverable.joining(key)
+            await self.rooms.listening(room, self._settings.redis_timeout_ms / 1000)
+            known = asyncio.ensure_future(self._lane.known(key))
+            async with self._doors.database.statement() as tx:
+                snapshot = await tracking.snapshot(tx, actor, key, after)
+            entered = _Entered(actor, room, member, snapshot, _location(room, snapshot, await known))
+            # else it missed too much, was shut out, or got another token while we read: from the beginning
+            if entered.holds(connection):
+                return entered
+
+    def _leave(self, connection: Connection, key: str) -> None:
+        self.rooms.leave(connection, key)
+        if connection.recoverable is not None:
+            connection.recoverable.left(key)
+
+    def _send_away(self, connection: Connection) -> None:
+        """Redis cannot keep the session of a recoverable client: what it asked for stays unanswered, and it comes back
+        without a session."""
+        metrics.connections_cut.labels("recovery_unsaved").inc()
+        connection.hang_up()
 
     async def unsubscribe(self, connection: Connection, payload: Unsubscribe, number: int | None) -> None:
         self.rooms.leave(connection, payload.order_id)
+        if connection.recoverable is not None:
+            try:
+                await connection.recoverable.leaving(payload.order_id)
+            except Unsaved:
+                self._send_away(connection)
+                return
         self._acknowledge(connection, number, "unsubscribeFromOrder", "ok", msgspec.json.encode(Done(True)))
 
     async def update_location(self, connection: Connection, payload: UpdateLocation, number: int | None) -> None:
@@ -561,6 +679,25 @@ EVENTS: dict[str, _Event] = {
         (Unauthenticated, Forbidden),
     ),
 }
+
+
+def _nothing() -> None:
+    """What follows CONNECT for most."""
+
+
+def _who(actor: Actor) -> str:
+    """To whom a recoverable session belongs."""
+    return f"{actor.role}:{actor.sub}"
+
+
+def _location(room: Room[Event], snapshot: tracking.Snapshot, last: Known | None) -> bytes | None:
+    """The newest position of the snapshot's assignment that is known in Redis or here."""
+    if not snapshot.assignment:
+        return None
+    seen = [(last.ts, last.payload)] if last is not None and last.assignment == snapshot.assignment else []
+    if room.position is not None and room.epoch == snapshot.assignment:
+        seen.append(room.position)
+    return max(seen)[1] if seen else None
 
 
 def _view_of(actor: Actor) -> str:

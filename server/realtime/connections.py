@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
 from models.user import Actor
 from server.realtime.websocket import BINARY, TEXT, encode
+
+if TYPE_CHECKING:
+    from server.realtime.recovery import Recoverable
 
 
 class Frame:
@@ -71,7 +74,7 @@ class Connection:
         "keys",
         "last_calls",
         "left",
-        "offsets",
+        "recoverable",
         "send",
         "send_latest",
         "wire",
@@ -92,8 +95,8 @@ class Connection:
         """Events of this client that are being worked on."""
         self.last_calls: dict[str, asyncio.Task[None]] = {}
         """The last of them for each order: what a client asks of one order is done in its sequence."""
-        self.offsets: Any = None
-        """What whoever recovers connections keeps of this one."""
+        self.recoverable: Recoverable | None = None
+        """What is kept of it so that it can be recovered, if the client opted in."""
 
     @property
     def gone(self) -> bool:

@@ -165,16 +165,20 @@ class Rooms(Generic[EntryT]):
         if room.subscribed is not None:
             await asyncio.wait((asyncio.ensure_future(room.subscribed),), timeout=timeout_s)
 
-    def settle(self, room: Room[EntryT], member: Member, seq: int, epoch: int) -> None:
-        """The member's snapshot, which ends at `seq`, has just been put on the wire: give it what came since."""
+    def settle(self, room: Room[EntryT], member: Member, seq: int, epoch: int, missed: Iterable[EntryT] = ()) -> None:
+        """The member's snapshot, which ends at `seq`, has just been put on the wire: give it what came since. A member
+        that is recovered gets no snapshot, but what it `missed` up to `seq`.
+        """
         if room.top is None:
             room.top = seq
         room.learn_epoch(epoch, seq)
-        member.mark = max(member.mark, seq)
         member.pending = False
         member.owed = None  # it is in the snapshot, or the room has it
+        for entry in missed:
+            self._give(room, member, Kept(entry))
+        member.mark = max(member.mark, seq)
         for kept in room.recent:
-            self._give(member, kept)
+            self._give(room, member, kept)
         self._show_early(room)
         if room.heard > room.top:
             self._missing(room.key)
@@ -283,7 +287,7 @@ class Rooms(Generic[EntryT]):
         room.recent.append(kept)
         self._on_entry(room, entry)
         for member in room.members.values():
-            self._give(member, kept)
+            self._give(room, member, kept)
         _wake_all(room)
         self._show_early(room)
 
@@ -292,14 +296,17 @@ class Rooms(Generic[EntryT]):
             early, room.early = room.early, None
             self.hear_position(room.key, *early)
 
-    def _give(self, member: Member, kept: Kept[EntryT]) -> None:
+    def _give(self, room: Room[EntryT], member: Member, kept: Kept[EntryT]) -> None:
         if member.pending or member.mark >= kept.seq:
             return
         member.mark = kept.seq
         message = kept.frames.get(member.view)
         if message is None:
             message = kept.frames[member.view] = self._frame_of(kept.entry, member.view)
-        member.connection.send(message)
+        connection = member.connection
+        if connection.recoverable is not None:
+            message = connection.recoverable.stamp(room.key, kept.seq, message)
+        connection.send(message)
 
     # finding what is missing
 

@@ -6,6 +6,7 @@
 //   {do: "send", socket, event, args}         an event without acknowledgement
 //   {do: "auth", socket, auth}                what the next connection of this socket authenticates with
 //   {do: "connect" | "close", socket}
+//   {do: "lose", socket, url}                 the transport is lost without a goodbye; the client comes back to `url`
 //
 //   {socket, what: "open", transport}   {socket, what: "upgrade", transport}   {socket, what: "connect", id, recovered}
 //   {socket, what: "connect_error", message, data, active}
@@ -58,6 +59,10 @@ createInterface({ input: process.stdin })
         break;
       case "close":
         socket.close();
+        break;
+      case "lose":
+        socket.io.uri = command.url;
+        socket.io.engine.close();
         break;
       default:
         throw new Error(`no such command: ${line}`);

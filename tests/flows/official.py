@@ -85,7 +85,11 @@ class OfficialSocket:
 
     def heard(self) -> list[tuple[str, Any]]:
         """(name, payload) of every event of the server."""
-        return [(one["name"], *one["args"]) for one in self.seen if one["what"] == "event"]
+        return [(one["name"], one["args"][0]) for one in self.seen if one["what"] == "event"]
+
+    def offsets(self) -> list[str]:
+        """What came behind the payload of events: nothing, but for those who opted into recovery."""
+        return [extra for one in self.seen if one["what"] == "event" for extra in one["args"][1:]]
 
     async def hears(self, name: str, **members: Any) -> dict[str, Any]:
         """Wait for an event of the server whose payload has these members."""
@@ -105,7 +109,7 @@ class OfficialSocket:
         found: list[tuple[str, dict[str, Any]]] = []
         for record in self.seen:
             if record["what"] == "event":
-                (payload,) = record["args"]
+                payload = record["args"][0]
                 if isinstance(payload, dict) and "seq" in payload and payload["orderId"] == order_id:
                     found.append((record["name"], payload))
             elif record["what"] == "ack":
@@ -193,7 +197,7 @@ class Node:
         name = f"socket {len(self._sockets)}"
         opened = self._sockets[name] = OfficialSocket(self, name)
         if by is not None:
-            options["auth"] = {"token": by}
+            options["auth"] = {"token": by, **options.pop("auth", {})}
         opened.tell("open", url=instance.url, options=options)
         return opened
 

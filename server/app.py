@@ -195,7 +195,7 @@ class Process:
                 if self._runner is not None:
                     await self._runner.cleanup()
                 with contextlib.suppress(Exception):
-                    await self.bus.call("PING")  # behind this one, every publish has been answered
+                    await self.bus.answered()  # so that what was published is marked
                 await self.outbox.flush()
                 await self.trail.flush()
         for task in reversed(self._tasks):

@@ -214,7 +214,7 @@ class Limits:
         if reply is _TOO_LATE:
             self._paused_until = now + PAUSE_S
         elif isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
-            self._bus.send(("SCRIPT", "LOAD", SPEND.source))  # somebody flushed Redis' scripts
+            self._bus.load_scripts()  # somebody flushed Redis' scripts
         metrics.rates_not_counted.labels("late" if reply is _TOO_LATE else "error").inc()
         return None
 

@@ -51,7 +51,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     public_url: Annotated[str, Meta(description="what links start with; empty: http://localhost:PORT")] = ""
     data_dir: Annotated[str, Meta(description="where the embedded Postgres and Redis keep their data")] = ".data"
     database_url: Annotated[str, Meta(description="postgresql://…; empty: the embedded Postgres")] = ""
-    redis_url: Annotated[str, Meta(description="redis:// or rediss://…; empty: the embedded Redis")] = ""
+    redis_url: Annotated[
+        str,
+        Meta(
+            description="redis:// or rediss://…: one Redis (6.2+) or any node of a cluster; empty: the embedded Redis"
+        ),
+    ] = ""
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="least severity that is logged, any case")
     ] = "info"

@@ -10,7 +10,8 @@ import asyncio
 from collections.abc import Callable
 from typing import NamedTuple
 
-from server.realtime.bus import Bus, BusAway, Script
+from server.realtime.bus import Bus, Script
+from server.realtime.link import BusAway
 
 OLDER, CLOSED = -1, -2
 """Replies of SHOW: a newer position is known; the assignment has ended. Otherwise: how many instances heard of it."""
@@ -31,7 +32,7 @@ if held[1] and tonumber(held[1]) > number then return -2 end
 if held[1] and tonumber(held[1]) == number and tonumber(held[2]) >= ts then return -1 end
 redis.call('HSET', KEYS[1], 'number', ARGV[1], 'ts', ARGV[2], 'payload', ARGV[3])
 redis.call('EXPIRE', KEYS[1], ARGV[4])
-return redis.call('PUBLISH', ARGV[5], ARGV[6] .. ARGV[3])
+return redis.call(ARGV[7], ARGV[5], ARGV[6] .. ARGV[3])
 """
 )
 
@@ -115,6 +116,7 @@ class PositionLane:
                 self._keep_s,
                 self._channel_of(key),
                 f"p{assignment} {ts!r} {origin} ",
+                self._bus.publish_command,
             ),
             answer,
         )

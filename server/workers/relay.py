@@ -16,7 +16,8 @@ from models.event import Event, event
 from server import metrics
 from server.db import Database
 from server.outbox import Outbox
-from server.realtime.bus import Bus, BusAway
+from server.realtime.bus import Bus
+from server.realtime.link import BusAway
 
 log = structlog.get_logger()
 
@@ -81,7 +82,7 @@ class Relay:
         if not rows:
             return 0
         self._outbox.publish((Told(order_id, events) for order_id, events in by_order.items()), by="relay")
-        await self._bus.call("PING")  # answers come in order: behind this one, every publish has been answered
+        await self._bus.answered()
         await self._outbox.flush()
         log.info("relayed", events=len(rows), orders=len(by_order))
         return len(rows)

@@ -18,7 +18,7 @@ from server.embedded import DataServers
 from server.outbox import order_channel
 from tests.faults.proxy import Dropper, Proxy, proxied
 from tests.harness import SERVICE, SOON_S, Fleet, Instance, Watcher, token, until
-from tests.server.test_bus import PrivateRedis
+from tests.redis_servers import PrivateRedis
 from tests.shared import shared_fleet
 
 CUSTOMER = token("customer", "c1")

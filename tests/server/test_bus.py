@@ -6,12 +6,9 @@ import asyncio
 import contextlib
 import datetime as dt
 import itertools
-import os
 import random
 import signal
 import ssl
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -27,11 +24,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from server.binaries import redis_server
-from server.children import LAUNCHER
 from server.embedded import DataServers
-from server.realtime.bus import SUBSCRIBE_BATCH_MAX, Bus, BusAway, Script
+from server.realtime.bus import Bus, Script
+from server.realtime.link import BusAway
+from server.realtime.shard import SUBSCRIBE_BATCH_MAX
 from tests.harness import SOON_S, free_port, until
+from tests.redis_servers import PrivateRedis
 
 TIMEOUT_S, PING_INTERVAL_S = 0.4, 0.1
 """Short, so that a fault is noticed soon; long enough for a busy machine."""
@@ -102,49 +100,6 @@ async def bus(
         await asyncio.gather(task, return_exceptions=True)
 
 
-class PrivateRedis:
-    """A Redis of this test's own, to be killed and frozen."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.port, self.socket = free_port(), folder / "r.sock"
-        self.url = f"redis://127.0.0.1:{self.port}"
-        self._folder, self._options = folder, options
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def _launch(self) -> None:
-        options = ("--port", str(self.port), "--unixsocket", str(self.socket), "--dir", str(self._folder), "--save", "")
-        # the launcher lets the kernel end it with us, even when we are killed
-        launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, "0", "0", str(int(signal.SIGKILL)), str(os.getpid())]
-        with (self._folder / "redis.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [*launcher, redis_server(), *options, *self._options], stdout=log, stderr=log
-            )
-
-    async def start(self) -> None:
-        self._launch()
-
-        async def listens() -> bool:
-            try:
-                _, writer = await asyncio.open_connection("127.0.0.1", self.port)
-            except OSError:
-                return False
-            writer.close()
-            await writer.wait_closed()
-            return True
-
-        await until(listens, "Redis listens")
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-
 def client(url: str, **options: Any) -> Any:
     """Somebody else's way to the same Redis."""
     return redis.asyncio.Redis.from_url(url, **options)
@@ -192,6 +147,18 @@ async def test_after_unsubscribing_nothing_arrives(data: DataServers, prefix: st
         await until(lambda: ear.messages, "the other one still listens")
         assert ear.messages == [(prefix + "b", b"2")]
         ear.bus.unsubscribe(prefix + "never subscribed")
+
+
+async def test_ten_thousand_channels_are_let_go_in_batches(private: PrivateRedis) -> None:
+    """As when ten thousand sockets leave at once."""
+    channels = [f"order:{n}" for n in range(10_000)]
+    async with bus(private.url) as ear:
+        assert all(await asyncio.gather(*(ear.subscribe(channel) for channel in channels)))
+        for channel in channels:
+            ear.bus.unsubscribe(channel)
+        await until(lambda: _is(ear.reaches(channels[::1000]), [0] * 10), "all are let go")
+        stats = str(await ear.bus.call("INFO", "commandstats"))
+        assert f"cmdstat_unsubscribe:calls={10_000 // SUBSCRIBE_BATCH_MAX}," in stats
 
 
 async def _is(found: Any, wanted: object) -> bool:

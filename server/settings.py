@@ -122,6 +122,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     body_max_bytes: Annotated[Bytes, Meta(description="largest request body")] = 256 * 1024
     frame_max_bytes: Annotated[Bytes, Meta(description="largest message on a socket")] = 16 * 1024
     subscribe_timeout_ms: Annotated[Milliseconds, Meta(description="a subscribe is answered within this")] = 4000
+    subscribe_batch_max: Annotated[
+        Count, Meta(description="most subscribes, or first positions of agents, that one statement looks up")
+    ] = 200
     subscriptions_per_socket_max: Annotated[Count, Meta(description="most orders that one socket may watch")] = 1000
     calls_in_flight_per_socket_max: Annotated[
         Count, Meta(description="most unanswered events of one socket; further ones wait")

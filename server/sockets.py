@@ -17,7 +17,7 @@ import structlog
 from msgspec import UNSET, Meta, UnsetType
 
 from handlers import orders, tracking
-from models.base import Holds, Id, Reason, Time, rfc3339
+from models.base import Id, Reason, Time, rfc3339
 from models.errors import (
     Conflict,
     Forbidden,
@@ -39,15 +39,11 @@ from models.errors import (
 )
 from models.event import Event, Type
 from models.message import (
-    DURABLE,
-    DurableEvent,
-    OrderLocationUpdate,
-    Seq,
     ServerDraining,
     SubscriptionClosed,
     TokenExpiring,
 )
-from models.order import FINAL, Order, Status, TrackedOrder
+from models.order import FINAL, Status
 from models.position import Position
 from models.user import Actor, Role
 from server import metrics
@@ -62,11 +58,9 @@ from server.realtime.engine import Engine, Unreadable
 from server.realtime.positions import PositionLane, parse
 from server.realtime.rooms import Room, Rooms
 from server.settings import Settings
+from server.snapshots import FULL, TRACKED, Snapshots, Subscribed, view_of
 
 log = structlog.get_logger()
-
-FULL, TRACKED = "full", "tracked"
-"""Views of an event: as it is, and without what a guest with scope `track` may not see."""
 
 ASSIGNMENTS_TOLD_MAX = 100
 """Of how many orders, the latest ones, it is kept that their agent was told."""
@@ -128,25 +122,6 @@ class UpdateLocation(Position, kw_only=True, rename="camel"):
 NextInterval = Annotated[int, Meta(description="milliseconds after which the next position is wanted")]
 
 
-class ToldEvent(msgspec.Struct, frozen=True):
-    """An event as an entry of a list: its payload under `data`."""
-
-    type: Annotated[str, Meta(extra_json_schema={"enum": list(DURABLE)})]
-    seq: Seq
-    at: Time
-    data: Annotated[msgspec.Raw, Holds(DurableEvent)]
-
-
-class Subscribed(msgspec.Struct, frozen=True):
-    """The order at one instant: `events` end at exactly `seq`."""
-
-    ok: Literal[True]
-    seq: int
-    order: Order | TrackedOrder
-    location: Annotated[msgspec.Raw | None, Holds(OrderLocationUpdate | None)]
-    events: list[ToldEvent]
-
-
 class Done(msgspec.Struct, frozen=True):
     ok: Literal[True]
 
@@ -172,11 +147,6 @@ class _Top(msgspec.Struct, frozen=True):
     seq: int
 
 
-def listed(events: Sequence[Event]) -> list[ToldEvent]:
-    """Events as both doors list them."""
-    return [ToldEvent(one.type, one.seq, one.at, msgspec.Raw(one.payload)) for one in events]
-
-
 class Sockets:
     """One instance's side of the Socket.IO door."""
 
@@ -195,7 +165,6 @@ class Sockets:
         self._authenticator = authenticator
         self._limits = limits
         self._bus = bus
-        self._lane = lane
         self._locations = locations
         self._agents: dict[str, dict[str, Connection]] = {}
         """Connections of each agent: an assignment reaches all of them, subscribed or not."""
@@ -229,6 +198,7 @@ class Sockets:
             gap_check_s=settings.gap_check_interval_s,
             fallback_poll_s=settings.bus_fallback_poll_ms / 1000,
         )
+        self._snapshots = Snapshots(doors, lane, self.rooms, settings.subscribe_batch_max)
 
     # a connection's life
 
@@ -389,17 +359,13 @@ class Sockets:
             async with asyncio.timeout(self._settings.subscribe_timeout_ms / 1000):
                 while True:
                     actor = connection.actor
-                    async with self._doors.database.statement() as tx:
-                        await tracking.permit(tx, actor, key, after)
-                    room, member = self.rooms.join(connection, key, _view_of(actor))
-                    await self.rooms.listening(room, self._settings.redis_timeout_ms / 1000)
-                    known = asyncio.ensure_future(self._lane.known(key))
-                    async with self._doors.database.statement() as tx:
-                        snapshot = await tracking.snapshot(tx, actor, key, after)
-                    last = await known
+                    permitted = await self._snapshots.permit(actor, key, after)
+                    room, member = self.rooms.join(connection, key, view_of(actor))
+                    listening = await self.rooms.listening(room, self._settings.redis_timeout_ms / 1000)
+                    picture = await self._snapshots.take(room, actor, after, permitted, listening=listening)
                     # else it missed too much, was shut out, or got another token while we read: from the beginning
                     is_member = room.members.get(connection.id) is member
-                    if is_member and connection.actor is actor and room.covers(snapshot.order.seq):
+                    if is_member and connection.actor is actor and room.covers(picture.seq):
                         break
         except Invalid:
             raise  # of what the client asked, nothing was done: an earlier subscription stays
@@ -412,16 +378,10 @@ class Sockets:
         if connection.gone:
             self.rooms.leave(connection, key)
             return
-        location = None
-        if snapshot.assignment:
-            seen = [(last.ts, last.payload)] if last is not None and last.assignment == snapshot.assignment else []
-            if room.position is not None and room.epoch == snapshot.assignment:
-                seen.append(room.position)
-            location = msgspec.Raw(max(seen)[1]) if seen else None
-        answer = Subscribed(True, snapshot.order.seq, snapshot.order, location, listed(snapshot.events))
         # from here to the end nothing may wait: the answer and the membership are one step
-        self._acknowledge(connection, number, "subscribeToOrder", "ok", msgspec.json.encode(answer))
-        self.rooms.settle(room, member, snapshot.order.seq, snapshot.assignment)
+        self._acknowledge(connection, number, "subscribeToOrder", "ok", self._snapshots.answer(room, picture))
+        self.rooms.settle(room, member, picture.seq, picture.epoch)
+        self._snapshots.keep(room, picture)
 
     async def unsubscribe(self, connection: Connection, payload: Unsubscribe, number: int | None) -> None:
         self.rooms.leave(connection, payload.order_id)
@@ -455,7 +415,7 @@ class Sockets:
             if not actor.reaches(key):
                 self._close_subscription(connection, key, "revoked")
             elif member is not None:
-                member.view = _view_of(actor)
+                member.view = view_of(actor)
         answer = TokenRefreshed(True, _unix_rfc3339(actor.exp))
         self._acknowledge(connection, number, "refreshToken", "ok", msgspec.json.encode(answer))
 
@@ -561,10 +521,6 @@ EVENTS: dict[str, _Event] = {
         (Unauthenticated, Forbidden),
     ),
 }
-
-
-def _view_of(actor: Actor) -> str:
-    return TRACKED if actor.tracks_only else FULL
 
 
 def _frame_of(event: Event, view: str) -> Frame:

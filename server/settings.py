@@ -68,6 +68,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     jwks_retry_s: Annotated[Seconds, Meta(description="least pause between two fetches of the key set")] = 5
     jwks_timeout_ms: Annotated[Milliseconds, Meta(description="time limit of one fetch of the key set")] = 2000
     token_max_bytes: Annotated[Bytes, Meta(description="longest token that is looked at")] = 8192
+    token_cache_max: Annotated[Count, Meta(description="most tokens whose signature a process remembers as good")] = (
+        20_000
+    )
     revocation_poll_s: Annotated[Seconds, Meta(description="how often revocations are read again without news")] = 5
     link_ttl_s: Annotated[Seconds, Meta(description="life of a link when the request names none")] = 7 * 24 * 3600
     link_ttl_max_s: Annotated[Seconds, Meta(description="longest life that a request may ask for")] = 90 * 24 * 3600

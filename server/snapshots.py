@@ -68,6 +68,8 @@ class Picture(NamedTuple):
     view: str
     order: bytes
     events: list[msgspec.Raw]
+    read: Sequence[Event] = ()
+    """The events, if they were read from the table."""
     last: Known | None = None
     """The last position that Redis knew, if it was asked."""
     position_since: int = -1
@@ -83,6 +85,8 @@ class Snapshots:
         self._rooms = rooms
         self._permits = Batches("permits", self._permit, batch_max)
         self._reads = Batches("snapshots", self._read, batch_max)
+        self._asking: dict[tuple[Room[Event], int, bool], asyncio.Task[tuple[bool, Known | None]]] = {}
+        """Questions for last positions that are under way."""
 
     async def permit(self, actor: Actor, order_id: str, after: int | None) -> int:
         """The number of the order's last event. Raises NotFound, Invalid or Unavailable."""
@@ -103,14 +107,14 @@ class Snapshots:
         changes = self._rooms.bus_changes
         known = None
         if room.position_since != changes and (picture is None or picture.epoch):
-            known = asyncio.create_task(self._last_position(room.key))
+            known = self._last_position(room, changes, listening)
         if picture is None:
             snapshot = await self._reads.ask(Asked(actor, room.key, after))
             events = [msgspec.Raw(msgspec.json.encode(one)) for one in listed(snapshot.events)]
             order = msgspec.json.encode(snapshot.order)
-            picture = Picture(snapshot.order.seq, snapshot.assignment, view_of(actor), order, events)
+            picture = Picture(snapshot.order.seq, snapshot.assignment, view_of(actor), order, events, snapshot.events)
         if known is not None:
-            asked, last = await known
+            asked, last = await asyncio.shield(known)  # others wait for it too
             picture = picture._replace(last=last, position_since=changes if listening and asked else -1)
         return picture
 
@@ -130,14 +134,27 @@ class Snapshots:
             if room.image is None:
                 room.image = Image(picture.seq, picture.epoch)
             room.image.views[picture.view] = picture.order
+            if picture.view == FULL:
+                room.recall(picture.read)
         if picture.position_since >= 0 and picture.epoch == room.epoch:
             room.position_since = picture.position_since
             last = picture.last
             if last is not None and last.assignment == room.epoch:
                 room.position = max(room.position or (last.ts, last.payload), (last.ts, last.payload))
 
-    async def _last_position(self, order_id: str) -> tuple[bool, Known | None]:
-        """Whether Redis could be asked, and the last position that it knows."""
+    def _last_position(
+        self, room: Room[Event], changes: int, listening: bool
+    ) -> asyncio.Task[tuple[bool, Known | None]]:
+        """Whether Redis could be asked, and the last position that it knows. One question for all who wait for it, if
+        it was asked no earlier than the bus was known to listen."""
+        question = (room, changes, listening)
+        task = self._asking.get(question)
+        if task is None:
+            task = self._asking[question] = asyncio.create_task(self._ask_position(room.key))
+            task.add_done_callback(lambda _: self._asking.pop(question))
+        return task
+
+    async def _ask_position(self, order_id: str) -> tuple[bool, Known | None]:
         try:
             return True, await self._lane.known(order_id)
         except BusAway:

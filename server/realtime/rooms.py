@@ -121,6 +121,13 @@ class Room(Generic[EntryT]):
         if epoch != self.epoch:
             self.epoch, self.position = epoch, None
 
+    def recall(self, entries: Sequence[EntryT]) -> None:
+        """Entries up to the top were read: keep them, or the newest of them, if that is more than is in memory."""
+        assert self.recent.maxlen is not None
+        if min(len(entries), self.recent.maxlen) > len(self.recent):
+            self.recent.clear()
+            self.recent.extend(map(Kept, entries))
+
     def covers(self, seq: int) -> bool:
         """Whether all entries between `seq` and the top are still in memory."""
         return self.top is None or self.top <= seq or (bool(self.recent) and self.recent[0].seq <= seq + 1)

@@ -5,42 +5,60 @@ Subscribing permits here, joins in ring 3, then reads here: in that order, or an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import uuid
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import msgspec
 
-from handlers.context import Tx
-from handlers.orders import LINES, SEEN, order_uuid
-from models.errors import Forbidden, Invalid, NotFound, OrderClosed
+from handlers.context import Row, Tx
+from handlers.orders import LINES, order_uuid
+from models.errors import Forbidden, Invalid, NotFound, OrderClosed, Refused
 from models.event import Event, event
-from models.order import LOCATABLE, Order, TrackedOrder, from_row, sight
+from models.order import LOCATABLE, Order, TrackedOrder, from_row, may_see
 from models.user import Actor, Role
 
-PERMIT = f"select o.seq from orders o where o.id = $1 and {SEEN}"
+
+class Asked(NamedTuple):
+    """A subscriber's question: this order, with every event after number `after` (None: without events)."""
+
+    actor: Actor
+    order_id: str
+    after: int | None
 
 
-async def permit(tx: Tx, actor: Actor, order_id: str, after: int | None) -> None:
-    """Let the actor watch this order from event number `after` on (None: from now on).
+PERMIT = "select o.id, o.seq, o.customer_id, o.agent_id from orders o where o.id = any($1::uuid[])"
 
-    Raises:
+
+async def permit(tx: Tx, asked: Sequence[Asked]) -> list[int | Refused]:
+    """May these watch their orders? One statement for all: for each the number of the order's last event, or why not.
+
+    Refusals:
         NotFound: the actor may not watch it, or there is none. Invalid: `after` is above the top.
     """
-    seen = sight(actor, order_id)
-    row = await tx.one(PERMIT, order_uuid(order_id), seen.all, seen.customer, seen.agent)
-    if row is None:
-        raise NotFound("There is no such order.")
-    if after is not None and after > row["seq"]:
-        raise Invalid(f"The order's events end at {row['seq']}.", "/afterSeq")
+    rows = {str(row["id"]): row for row in await tx.all(PERMIT, _ids(one.order_id for one in asked))}
+    return [_permitted(one, rows.get(one.order_id)) for one in asked]
+
+
+def _permitted(one: Asked, row: Row | None) -> int | Refused:
+    if row is None or not may_see(one.actor, one.order_id, row["customer_id"], row["agent_id"]):
+        return NotFound("There is no such order.")
+    top: int = row["seq"]
+    if one.after is not None and one.after > top:
+        return Invalid(f"The order's events end at {top}.", "/afterSeq")
+    return top
 
 
 SNAPSHOT = f"""
 select o.*, {LINES}, (select array_agg((e.seq, e.type, e.at, e.body) order by e.seq)
-    from order_events e where e.order_id = o.id and e.seq > $5) as missed
-from orders o where o.id = $1 and {SEEN}"""
+    from order_events e where e.order_id = o.id and e.seq > asked.after) as missed
+from unnest($1::uuid[], $2::integer[]) as asked(id, after) join orders o on o.id = asked.id"""
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """An order at one instant: `events` end at exactly `order.seq`."""
+    """An order at one instant, as its reader may see it: `events` end at exactly `order.seq`."""
 
     order: Order | TrackedOrder
     events: Sequence[Event]
@@ -48,19 +66,49 @@ class Snapshot(msgspec.Struct, frozen=True):
     """Number of the current assignment, 0 when no positions flow."""
 
 
-async def snapshot(tx: Tx, actor: Actor, order_id: str, after: int | None) -> Snapshot:
-    """The order with every event after number `after` (None: without events), in one statement. Raises NotFound."""
-    seen = sight(actor, order_id)
-    row = await tx.one(SNAPSHOT, order_uuid(order_id), seen.all, seen.customer, seen.agent, after)
-    if row is None:
-        raise NotFound("There is no such order.")
-    order = from_row(row)
-    missed = [event(order_id, *each) for each in row["missed"] or ()]
-    return Snapshot(
-        order.view(actor),
-        [one.for_tracking() for one in missed] if actor.tracks_only else missed,
-        row["assignment"] if order.status in LOCATABLE else 0,
-    )
+async def snapshot(tx: Tx, asked: Sequence[Asked]) -> list[Snapshot | Refused]:
+    """The orders with the events that are asked for, in one statement for all. Each order is read once, however many
+    ask for it. Refusals: NotFound.
+    """
+    lowest: dict[str, int | None] = {}
+    for one in asked:
+        known = lowest.get(one.order_id)
+        lowest[one.order_id] = one.after if known is None else known if one.after is None else min(known, one.after)
+    ids = _ids(lowest)
+    rows = await tx.all(SNAPSHOT, ids, [lowest[str(id_)] for id_ in ids])
+    read = {str(row["id"]): _Read(row) for row in rows}
+    return [_seen(one, read.get(one.order_id)) for one in asked]
+
+
+class _Read:
+    """An order that was read, and its views: each is made once."""
+
+    def __init__(self, row: Row) -> None:
+        self.customer_id, self.agent_id = row["customer_id"], row["agent_id"]
+        self.order = from_row(row)
+        self.events = [event(self.order.id, *each) for each in row["missed"] or ()]
+        self.assignment = row["assignment"] if self.order.status in LOCATABLE else 0
+
+    @cached_property
+    def tracked(self) -> tuple[TrackedOrder, list[Event]]:
+        return self.order.for_tracking(), [one.for_tracking() for one in self.events]
+
+
+def _seen(one: Asked, read: _Read | None) -> Snapshot | Refused:
+    if read is None or not may_see(one.actor, one.order_id, read.customer_id, read.agent_id):
+        return NotFound("There is no such order.")
+    order, events = read.tracked if one.actor.tracks_only else (read.order, read.events)
+    missed = read.order.seq - one.after if one.after is not None else 0
+    return Snapshot(order, events[len(events) - missed :] if missed > 0 else [], read.assignment)
+
+
+def _ids(order_ids: Iterable[str]) -> list[uuid.UUID]:
+    """Each once; what cannot be the id of an order names none."""
+    found = []
+    for order_id in dict.fromkeys(order_ids):
+        with contextlib.suppress(NotFound):
+            found.append(order_uuid(order_id))
+    return found
 
 
 LOCATE = "select o.status, o.assignment from orders o where o.id = $1 and o.agent_id = $2"

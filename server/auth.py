@@ -7,6 +7,7 @@ token say so. Tokens need no record; what ends one before its `exp` is `Revocati
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
@@ -223,6 +224,15 @@ def _key_of_pem(pem: str) -> PublicKey:
     return key
 
 
+class _Signed(NamedTuple):
+    """What a token says, whose signature is good. `lasting`: its key is ours for the life of this process, and not one
+    that a key server may withdraw."""
+
+    payload: bytes
+    of_link: bool
+    lasting: bool
+
+
 class Authenticator:
     """Verifies tokens, and makes the guest tokens of links.
 
@@ -240,6 +250,8 @@ class Authenticator:
         self._links = tokens.LinkKeys(settings)
         self._public = _key_of_pem(settings.jwt_public_key) if settings.jwt_public_key else None
         self._key_set = KeySet(settings, clock) if settings.jwt_jwks_url else None
+        self._signed: dict[bytes, _Signed] = {}
+        """By the SHA-256 of the token: signatures that were found good, so that clients who come back cost little."""
 
     async def start(self) -> None:
         """Begin to fetch the key set; nobody waits for it here."""
@@ -262,18 +274,30 @@ class Authenticator:
             raise Unauthenticated(MISSING)
         if not isinstance(token, str) or len(token) > self._settings.token_max_bytes or not token.isascii():
             raise Unauthenticated(NOT_ACCEPTED)
+        digest = hashlib.sha256(token.encode()).digest()
+        signed = self._signed.get(digest)
+        if signed is None:
+            signed = await self._verify(token)
+            if signed.lasting:
+                self._signed[digest] = signed
+                if len(self._signed) > self._settings.token_cache_max:
+                    del self._signed[next(iter(self._signed))]
+        # what time and revocations make of it is judged at every use
+        actor = tokens.read(signed.payload, self._settings, self._clock())
+        if signed.of_link and actor.role is not Role.GUEST:
+            raise Unauthenticated(NOT_ACCEPTED)
+        self.check(actor)
+        return actor
+
+    async def _verify(self, token: str) -> _Signed:
         try:
             header = _jws.get_unverified_header(token)
         except UNREADABLE:
             raise Unauthenticated(NOT_ACCEPTED) from None
-        payload = await self._verified(token, header.get("alg"), header.get("kid"))
-        if payload is None:
+        signed = await self._verified(token, header.get("alg"), header.get("kid"))
+        if signed is None:
             raise Unauthenticated(NOT_ACCEPTED)
-        actor = tokens.read(payload, self._settings, self._clock())
-        if header.get("kid") == LINK_KID and actor.role is not Role.GUEST:
-            raise Unauthenticated(NOT_ACCEPTED)
-        self.check(actor)
-        return actor
+        return signed
 
     def check(self, actor: Actor) -> None:
         """Raises Unauthenticated: the actor's token has expired, or was revoked, since it was accepted."""
@@ -282,18 +306,18 @@ class Authenticator:
         if self.revocations.revoked(actor):
             raise Unauthenticated(NOT_ACCEPTED)
 
-    async def _verified(self, token: str, algorithm: object, kid: str | None) -> bytes | None:
-        """The payload, if a key that is pinned to the token's algorithm signed it."""
+    async def _verified(self, token: str, algorithm: object, kid: str | None) -> _Signed | None:
+        """What the token says, if a key that is pinned to its algorithm signed it."""
         if kid == LINK_KID:
-            return _payload(token, self._links.token_key, "HS256")
+            return _signed(token, self._links.token_key, "HS256", of_link=True)
         if algorithm == "HS256":
-            return _payload(token, self._secret, "HS256") if self._secret is not None else None
-        if self._public is not None and (payload := _payload(token, self._public.key, self._public.algorithm)):
-            return payload
+            return _signed(token, self._secret, "HS256") if self._secret is not None else None
+        if self._public is not None and (signed := _signed(token, self._public.key, self._public.algorithm)):
+            return signed
         if self._key_set is None or algorithm not in ("RS256", "ES256"):
             return None
         key = await self._key_set.find(str(algorithm), kid)
-        return _payload(token, key.key, key.algorithm) if key is not None else None
+        return _signed(token, key.key, key.algorithm, lasting=False) if key is not None else None
 
     def guest_token(self, *, link_id: str, order_id: str, scope: Scope, expires_at: float) -> str:
         """The token that a link is exchanged for: it reaches one order and ends with the link (`jti`)."""
@@ -305,9 +329,16 @@ class Authenticator:
         return self._links.secret(link_id)
 
 
-def _payload(token: str, key: bytes | RSAPublicKey | EllipticCurvePublicKey, algorithm: str) -> bytes | None:
+def _signed(
+    token: str,
+    key: bytes | RSAPublicKey | EllipticCurvePublicKey,
+    algorithm: str,
+    *,
+    of_link: bool = False,
+    lasting: bool = True,
+) -> _Signed | None:
     try:
         payload: bytes = _jws.decode(token, key, algorithms=[algorithm])
     except UNREADABLE:
         return None
-    return payload
+    return _Signed(payload, of_link, lasting)

@@ -20,7 +20,7 @@ from models.position import Limits, Position, Track, shown
 from models.user import Actor, Role
 from server import metrics
 from server.db import Database
-from server.realtime.bus import Bus
+from server.realtime.bus import Bus, BusAway
 from server.realtime.positions import CLOSED, PositionLane
 from server.settings import Settings
 from server.workers.trail import Trail
@@ -145,7 +145,10 @@ class Locations:
             if actor.role is Role.AGENT and actor.reaches(order_id):
                 self._remember((actor.sub, order_id), _Refusal(refusal, time.monotonic() + self._refusal_s))
             raise
-        last = await self._lane.known(order_id)
+        try:
+            last = await self._lane.known(order_id)
+        except BusAway:
+            last = None
         newest = _decode_position(last.payload) if last is not None and last.assignment == number else None
         assignment = _Assignment(number, newest)
         self._remember((actor.sub, order_id), assignment)

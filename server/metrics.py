@@ -22,6 +22,15 @@ events_marked = Counter("waybill_events_marked_sent_total", "Order events marked
 positions = Counter("waybill_positions_total", "Positions received from agents.", ["outcome"])
 trail_stored = Counter("waybill_trail_stored_total", "Positions written to the trail.")
 trail_dropped = Counter("waybill_trail_dropped_total", "Positions that the trail had no room for.")
+snapshots = Counter(
+    "waybill_snapshots_total", "Subscribes that were answered, from memory or from the table.", ["source"]
+)
+batch_size = Histogram(
+    "waybill_batch_questions",
+    "How many questions of subscribers and agents one statement answered.",
+    ["what"],
+    buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
+)
 gaps_filled = Counter("waybill_gap_events_total", "Order events that were read from the table instead of the bus.")
 rate_limited = Counter("waybill_rate_limited_total", "Requests, events and handshakes over a rate.", ["rate"])
 rates_not_counted = Counter(

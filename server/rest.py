@@ -45,7 +45,8 @@ from server.edges import CALLER
 from server.limits import Limits
 from server.locations import Locations
 from server.settings import Settings
-from server.sockets import CHANGE_STATUS, NextInterval, Sockets, ToldEvent, listed
+from server.snapshots import ToldEvent, listed
+from server.sockets import CHANGE_STATUS, NextInterval, Sockets
 
 log = structlog.get_logger()
 

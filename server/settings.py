@@ -73,6 +73,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     jwks_retry_s: Annotated[Seconds, Meta(description="least pause between two fetches of the key set")] = 5
     jwks_timeout_ms: Annotated[Milliseconds, Meta(description="time limit of one fetch of the key set")] = 2000
     token_max_bytes: Annotated[Bytes, Meta(description="longest token that is looked at")] = 8192
+    token_cache_max: Annotated[Count, Meta(description="most tokens whose signature a process remembers as good")] = (
+        20_000
+    )
     revocation_poll_s: Annotated[Seconds, Meta(description="how often revocations are read again without news")] = 5
     link_ttl_s: Annotated[Seconds, Meta(description="life of a link when the request names none")] = 7 * 24 * 3600
     link_ttl_max_s: Annotated[Seconds, Meta(description="longest life that a request may ask for")] = 90 * 24 * 3600
@@ -127,6 +130,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     body_max_bytes: Annotated[Bytes, Meta(description="largest request body")] = 256 * 1024
     frame_max_bytes: Annotated[Bytes, Meta(description="largest message on a socket")] = 16 * 1024
     subscribe_timeout_ms: Annotated[Milliseconds, Meta(description="a subscribe is answered within this")] = 4000
+    subscribe_batch_max: Annotated[
+        Count, Meta(description="most subscribes, or first positions of agents, that one statement looks up")
+    ] = 200
     subscriptions_per_socket_max: Annotated[Count, Meta(description="most orders that one socket may watch")] = 1000
     calls_in_flight_per_socket_max: Annotated[
         Count, Meta(description="most unanswered events of one socket; further ones wait")

@@ -17,7 +17,7 @@ import structlog
 from msgspec import UNSET, Meta, UnsetType
 
 from handlers import orders, tracking
-from models.base import Holds, Id, Reason, Time, rfc3339
+from models.base import Id, Reason, Time, rfc3339
 from models.errors import (
     Conflict,
     Forbidden,
@@ -39,15 +39,11 @@ from models.errors import (
 )
 from models.event import Event, Type
 from models.message import (
-    DURABLE,
-    DurableEvent,
-    OrderLocationUpdate,
-    Seq,
     ServerDraining,
     SubscriptionClosed,
     TokenExpiring,
 )
-from models.order import FINAL, Order, Status, TrackedOrder
+from models.order import FINAL, Status
 from models.position import Position
 from models.user import Actor, Role
 from server import metrics
@@ -59,15 +55,13 @@ from server.outbox import ORDER_PREFIX, USER_PREFIX, order_channel, unpack, user
 from server.realtime.bus import Bus
 from server.realtime.connections import Connection, Frame, Opening, acknowledgement, frame
 from server.realtime.engine import Engine, Unreadable
-from server.realtime.positions import Known, PositionLane, parse
+from server.realtime.positions import PositionLane, parse
 from server.realtime.recovery import Lost, Recoverable, Sessions, Unsaved
 from server.realtime.rooms import Member, Room, Rooms
 from server.settings import Settings
+from server.snapshots import FULL, TRACKED, Picture, Snapshots, Subscribed, view_of
 
 log = structlog.get_logger()
-
-FULL, TRACKED = "full", "tracked"
-"""Views of an event: as it is, and without what a guest with scope `track` may not see."""
 
 ASSIGNMENTS_TOLD_MAX = 100
 """Of how many orders, the latest ones, it is kept that their agent was told."""
@@ -129,25 +123,6 @@ class UpdateLocation(Position, kw_only=True, rename="camel"):
 NextInterval = Annotated[int, Meta(description="milliseconds after which the next position is wanted")]
 
 
-class ToldEvent(msgspec.Struct, frozen=True):
-    """An event as an entry of a list: its payload under `data`."""
-
-    type: Annotated[str, Meta(extra_json_schema={"enum": list(DURABLE)})]
-    seq: Seq
-    at: Time
-    data: Annotated[msgspec.Raw, Holds(DurableEvent)]
-
-
-class Subscribed(msgspec.Struct, frozen=True):
-    """The order at one instant: `events` end at exactly `seq`."""
-
-    ok: Literal[True]
-    seq: int
-    order: Order | TrackedOrder
-    location: Annotated[msgspec.Raw | None, Holds(OrderLocationUpdate | None)]
-    events: list[ToldEvent]
-
-
 class Done(msgspec.Struct, frozen=True):
     ok: Literal[True]
 
@@ -173,27 +148,20 @@ class _Top(msgspec.Struct, frozen=True):
     seq: int
 
 
-def listed(events: Sequence[Event]) -> list[ToldEvent]:
-    """Events as both doors list them."""
-    return [ToldEvent(one.type, one.seq, one.at, msgspec.Raw(one.payload)) for one in events]
-
-
 class _Entered(NamedTuple):
     """A room that a connection has joined, and what it looked like after that."""
 
     actor: Actor
     room: Room[Event]
     member: Member
-    snapshot: tracking.Snapshot
-    location: bytes | None
-    """The last known position, if positions flow."""
+    picture: Picture
 
     def holds(self, connection: Connection) -> bool:
         """Whether the connection is still in the room as it was permitted to, and the room has all that came since."""
         return (
             self.room.members.get(connection.id) is self.member
             and connection.actor is self.actor
-            and self.room.covers(self.snapshot.order.seq)
+            and self.room.covers(self.picture.seq)
         )
 
 
@@ -215,7 +183,6 @@ class Sockets:
         self._authenticator = authenticator
         self._limits = limits
         self._bus = bus
-        self._lane = lane
         self._locations = locations
         self._agents: dict[str, dict[str, Connection]] = {}
         """Connections of each agent: an assignment reaches all of them, subscribed or not."""
@@ -252,6 +219,7 @@ class Sockets:
             gap_check_s=settings.gap_check_interval_s,
             fallback_poll_s=settings.bus_fallback_poll_ms / 1000,
         )
+        self._snapshots = Snapshots(doors, lane, self.rooms, settings.subscribe_batch_max)
 
     # a connection's life
 
@@ -307,12 +275,13 @@ class Sockets:
         connection.recoverable = Recoverable(self._sessions, connection, pid)
 
         def resume() -> None:
-            for key, one in entered.items():
-                one.member.mark = marks[key]
-                order = one.snapshot.order
-                self.rooms.settle(one.room, one.member, order.seq, one.snapshot.assignment, one.snapshot.events)
-                if one.location is not None:
-                    connection.send_latest(key, frame("orderLocationUpdate", one.location))
+            for key, (_, room, member, picture) in entered.items():
+                member.mark = marks[key]
+                self.rooms.settle(room, member, picture.seq, picture.epoch, picture.read)
+                self._snapshots.keep(room, picture)
+                location = self._snapshots.location(room, picture)
+                if location is not None:
+                    connection.send_latest(key, frame("orderLocationUpdate", location))
 
         return self._keep_session(connection, connection.recoverable, resume)
 
@@ -493,14 +462,13 @@ class Sockets:
         if connection.gone:
             self.rooms.leave(connection, key)
             return
-        snapshot = one.snapshot
-        location = msgspec.Raw(one.location) if one.location is not None else None
-        answer = Subscribed(True, snapshot.order.seq, snapshot.order, location, listed(snapshot.events))
         # from here to the end nothing may wait: the answer and the membership are one step
-        self._acknowledge(connection, number, "subscribeToOrder", "ok", msgspec.json.encode(answer))
+        room, picture = one.room, one.picture
+        self._acknowledge(connection, number, "subscribeToOrder", "ok", self._snapshots.answer(room, picture))
         if connection.recoverable is not None:
-            connection.recoverable.joined(key, snapshot.order.seq)
-        self.rooms.settle(one.room, one.member, snapshot.order.seq, snapshot.assignment)
+            connection.recoverable.joined(key, picture.seq)
+        self.rooms.settle(room, one.member, picture.seq, picture.epoch)
+        self._snapshots.keep(room, picture)
 
     async def _enter(self, connection: Connection, key: str, after: int | None, *, asked: bool = False) -> _Entered:
         """Permit, join, then read, in that order. `asked`: by the client, which will be told.
@@ -510,16 +478,13 @@ class Sockets:
         """
         while True:
             actor = connection.actor
-            async with self._doors.database.statement() as tx:
-                await tracking.permit(tx, actor, key, after)
-            room, member = self.rooms.join(connection, key, _view_of(actor))
+            permitted = await self._snapshots.permit(actor, key, after)
+            room, member = self.rooms.join(connection, key, view_of(actor))
             if asked and connection.recoverable is not None:
                 await connection.recoverable.joining(key)
-            await self.rooms.listening(room, self._settings.redis_timeout_ms / 1000)
-            known = asyncio.ensure_future(self._lane.known(key))
-            async with self._doors.database.statement() as tx:
-                snapshot = await tracking.snapshot(tx, actor, key, after)
-            entered = _Entered(actor, room, member, snapshot, _location(room, snapshot, await known))
+            listening = await self.rooms.listening(room, self._settings.redis_timeout_ms / 1000)
+            picture = await self._snapshots.take(room, actor, after, permitted, listening=listening)
+            entered = _Entered(actor, room, member, picture)
             # else it missed too much, was shut out, or got another token while we read: from the beginning
             if entered.holds(connection):
                 return entered
@@ -573,7 +538,7 @@ class Sockets:
             if not actor.reaches(key):
                 self._close_subscription(connection, key, "revoked")
             elif member is not None:
-                member.view = _view_of(actor)
+                member.view = view_of(actor)
         answer = TokenRefreshed(True, _unix_rfc3339(actor.exp))
         self._acknowledge(connection, number, "refreshToken", "ok", msgspec.json.encode(answer))
 
@@ -688,20 +653,6 @@ def _nothing() -> None:
 def _who(actor: Actor) -> str:
     """To whom a recoverable session belongs."""
     return f"{actor.role}:{actor.sub}"
-
-
-def _location(room: Room[Event], snapshot: tracking.Snapshot, last: Known | None) -> bytes | None:
-    """The newest position of the snapshot's assignment that is known in Redis or here."""
-    if not snapshot.assignment:
-        return None
-    seen = [(last.ts, last.payload)] if last is not None and last.assignment == snapshot.assignment else []
-    if room.position is not None and room.epoch == snapshot.assignment:
-        seen.append(room.position)
-    return max(seen)[1] if seen else None
-
-
-def _view_of(actor: Actor) -> str:
-    return TRACKED if actor.tracks_only else FULL
 
 
 def _frame_of(event: Event, view: str) -> Frame:

@@ -122,11 +122,8 @@ class PositionLane:
         )
 
     async def known(self, key: str) -> Known | None:
-        """The last known position, or None: there is none, or Redis is away."""
-        try:
-            reply = await self._bus.call("HMGET", _position_key(key), "number", "ts", "payload")
-        except BusAway:
-            return None
+        """The last known position, or None. Raises BusAway."""
+        reply = await self._bus.call("HMGET", _position_key(key), "number", "ts", "payload")
         if not isinstance(reply, list) or None in reply:
             return None
         return Known(int(reply[0]), float(reply[1]), reply[2])

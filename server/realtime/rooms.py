@@ -35,12 +35,25 @@ EntryT = TypeVar("EntryT", bound=Numbered)
 class Kept(Generic[EntryT]):
     """An entry with its wire forms: one for each view, made when the first member needs it and shared by the others."""
 
-    __slots__ = ("entry", "frames", "seq")
+    __slots__ = ("entry", "frames", "listed", "seq")
 
     def __init__(self, entry: EntryT) -> None:
         self.entry = entry
         self.seq = entry.seq
         self.frames: dict[str, Frame] = {}
+        self.listed: dict[str, bytes] | None = None
+        """As an item of a list, once a snapshot needed it."""
+
+
+class Image:
+    """What the key looks like right after entry number `seq`, as JSON, in each view that somebody asked for."""
+
+    __slots__ = ("epoch", "seq", "views")
+
+    def __init__(self, seq: int, epoch: int) -> None:
+        self.seq = seq
+        self.epoch = epoch
+        self.views: dict[str, bytes] = {}
 
 
 class Member:
@@ -65,21 +78,23 @@ class Room(Generic[EntryT]):
         "early",
         "epoch",
         "heard",
+        "image",
         "key",
         "known_at",
         "members",
         "position",
+        "position_since",
         "recent",
         "subscribed",
         "top",
         "waiters",
     )
 
-    def __init__(self, key: str, recent_max: int) -> None:
+    def __init__(self, key: str, recent_max: int, subscribed: asyncio.Future[bool]) -> None:
         self.key = key
         self.members: dict[str, Member] = {}
         self.waiters: set[asyncio.Future[None]] = set()
-        self.subscribed: Awaitable[bool] | None = None
+        self.subscribed = subscribed
         self.top: int | None = None
         """Number of the last entry that was delivered; None until the first snapshot was read."""
         self.heard = 0
@@ -91,6 +106,11 @@ class Room(Generic[EntryT]):
         """Number of the entry, or of the snapshot, that `epoch` was learnt from."""
         self.position: tuple[float, bytes] | None = None
         """ts and payload of the newest position of this epoch."""
+        self.position_since = -1
+        """`Rooms.bus_changes` when `position` was known to be the newest there is. It is as long as that number stays:
+        the bus has told of every newer one."""
+        self.image: Image | None = None
+        """Made by a snapshot that ended at `top`; the next entry ends it."""
         self.early: tuple[int, float, str, bytes] | None = None
         """A position whose epoch has not begun here yet."""
 
@@ -100,6 +120,13 @@ class Room(Generic[EntryT]):
         self.known_at = known_at
         if epoch != self.epoch:
             self.epoch, self.position = epoch, None
+
+    def recall(self, entries: Sequence[EntryT]) -> None:
+        """Entries up to the top were read: keep them, or the newest of them, if that is more than is in memory."""
+        assert self.recent.maxlen is not None
+        if min(len(entries), self.recent.maxlen) > len(self.recent):
+            self.recent.clear()
+            self.recent.extend(map(Kept, entries))
 
     def covers(self, seq: int) -> bool:
         """Whether all entries between `seq` and the top are still in memory."""
@@ -140,6 +167,8 @@ class Rooms(Generic[EntryT]):
         self._holes: set[str] = set()
         self._wake = asyncio.Event()
         self._check_all = False
+        self.bus_changes = 0
+        """How often the bus was lost or came back."""
         self.closing = False
 
     def __len__(self) -> int:
@@ -160,10 +189,14 @@ class Rooms(Generic[EntryT]):
         member.pending = True
         return room, member
 
-    async def listening(self, room: Room[EntryT], timeout_s: float) -> None:
-        """Wait until the bus confirmed the room's channel, or until it is clear that the table must be read instead."""
-        if room.subscribed is not None:
-            await asyncio.wait((asyncio.ensure_future(room.subscribed),), timeout=timeout_s)
+    async def listening(self, room: Room[EntryT], timeout_s: float) -> bool:
+        """Wait until the bus confirmed the room's channel, or until it is clear that the table must be read instead;
+        whether it did."""
+        if room.subscribed.done() and not room.subscribed.result():
+            room.subscribed = self._subscribe(room.key)  # Redis was away when the room was opened
+        if not room.subscribed.done():
+            await asyncio.wait((room.subscribed,), timeout=timeout_s)
+        return room.subscribed.done() and room.subscribed.result()
 
     def settle(self, room: Room[EntryT], member: Member, seq: int, epoch: int, missed: Iterable[EntryT] = ()) -> None:
         """The member's snapshot, which ends at `seq`, has just been put on the wire: give it what came since. A member
@@ -238,9 +271,11 @@ class Rooms(Generic[EntryT]):
     def _open(self, key: str) -> Room[EntryT]:
         room = self._rooms.get(key)
         if room is None:
-            room = self._rooms[key] = Room(key, self._recent_max)
-            room.subscribed = self._bus.subscribe(self._channel_of(key))
+            room = self._rooms[key] = Room(key, self._recent_max, self._subscribe(key))
         return room
+
+    def _subscribe(self, key: str) -> asyncio.Future[bool]:
+        return asyncio.ensure_future(self._bus.subscribe(self._channel_of(key)))
 
     def _close_if_empty(self, room: Room[EntryT]) -> None:
         if not room.members and not room.waiters and self._rooms.get(room.key) is room:
@@ -283,6 +318,7 @@ class Rooms(Generic[EntryT]):
 
     def _deliver(self, room: Room[EntryT], entry: EntryT) -> None:
         room.top = entry.seq
+        room.image = None
         kept = Kept(entry)
         room.recent.append(kept)
         self._on_entry(room, entry)
@@ -316,6 +352,7 @@ class Rooms(Generic[EntryT]):
 
     def check_all(self) -> None:
         """Compare every room with the table now: the bus was away, or is."""
+        self.bus_changes += 1
         self._check_all = True
         self._wake.set()
 

@@ -46,6 +46,23 @@ def _payload(packets: bytes) -> web.Response:
     return web.Response(body=packets, content_type="text/plain", charset="UTF-8")
 
 
+class TakenOver(web.Response):
+    """Stands for the answer to a request whose connection is not aiohttp's any more: nothing is written."""
+
+    def __init__(self) -> None:
+        super().__init__(status=101)
+
+    @property
+    def prepared(self) -> bool:
+        return True
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        return None
+
+
 class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # the library is not typed
     """Engine.IO over aiohttp. Used alone it has the library's handlers (`on("message")`, `send`); whoever sets
     `on_opened`, `on_packet`, `on_event` and `on_ended` gets the same without a task for each."""
@@ -154,13 +171,13 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # the library i
             session.open_polling()
         self.sockets[session.sid] = session
         self.on_opened(session, request)
-        return web.Response(status=101) if transport == "websocket" else _payload(greeting)
+        return TakenOver() if transport == "websocket" else _payload(greeting)
 
     def _probe(self, request: web.Request, session: Session) -> web.StreamResponse:
         if not can_take_over(request):
             return _refusal(3, "There are no WebSockets here; go on polling.")
         Probe(self, session).open(request)
-        return web.Response(status=101)
+        return TakenOver()
 
     async def _get(self, request: web.Request, session: Session, polling: Polling) -> web.StreamResponse:
         packets = await polling.poll()

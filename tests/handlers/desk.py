@@ -99,6 +99,13 @@ class Desk:
         self.ran.append(verb)
         return result
 
+    async def ask(self, verb: Verb, by: Actor, order_id: str, after: int | None) -> Any:
+        """The answer of a verb that takes the questions of many, to one; a refusal is raised."""
+        (answer,) = await self.do(verb, [tracking.Asked(by, order_id, after)])
+        if isinstance(answer, Refused):
+            raise answer
+        return answer
+
     async def refused(self, verb: Verb, *args: Any, **more: Any) -> Refused:
         """How the verb refuses this; it must."""
         with pytest.raises(Refused) as refusal:
@@ -195,7 +202,7 @@ async def check_doors(desk: Desk, order: Order, known: int, told: list[Event]) -
     for after in (0, known, order.seq):
         timeline = await desk.do(orders.events, SERVICE, order.id, after)
         assert (list(timeline.events), timeline.seq) == (log[after:], order.seq)
-        snapshot = await desk.do(tracking.snapshot, SERVICE, order.id, after)
+        snapshot = await desk.ask(tracking.snapshot, SERVICE, order.id, after)
         assert (snapshot.order, list(snapshot.events)) == (order, log[after:])
     assert await desk.do(orders.read, SERVICE, order.id) == order
     missed = await desk.do(tracking.missed, {order.id: known})

@@ -50,8 +50,8 @@ async def create_link(desk: Desk, by: Actor, order_id: str) -> Any:
 ON_AN_ORDER = [
     Call(orders.read, lambda desk, by, key: desk.do(orders.read, by, key), "C A Gt Gp S X V"),
     Call(orders.events, lambda desk, by, key: desk.do(orders.events, by, key), "C A Gt Gp S X V"),
-    Call(tracking.permit, lambda desk, by, key: desk.do(tracking.permit, by, key, None), "C A Gt Gp S X V"),
-    Call(tracking.snapshot, lambda desk, by, key: desk.do(tracking.snapshot, by, key, 0), "C A Gt Gp S X V"),
+    Call(tracking.permit, lambda desk, by, key: desk.ask(tracking.permit, by, key, None), "C A Gt Gp S X V"),
+    Call(tracking.snapshot, lambda desk, by, key: desk.ask(tracking.snapshot, by, key, 0), "C A Gt Gp S X V"),
     Call(tracking.assignment, lambda desk, by, key: desk.do(tracking.assignment, by, key), "A"),
     Call(
         orders.change_status,
@@ -252,12 +252,12 @@ async def test_positions_flow_from_assignment_until_a_final_status(desk: Desk) -
     at = await desk.assign(order.id, "a1")
     for status in ("confirmed", "preparing", "ready", "out_for_delivery", "delivery_failed", "out_for_delivery"):
         assert await desk.do(tracking.assignment, AGENT, order.id) == at.seq
-        assert (await desk.do(tracking.snapshot, CUSTOMER, order.id, None)).assignment == at.seq
+        assert (await desk.ask(tracking.snapshot, CUSTOMER, order.id, None)).assignment == at.seq
         await desk.move(order.id, status)
     for status in ("delivered", "return_requested", "returned"):
         await desk.move(order.id, status)
         assert (await desk.refused(tracking.assignment, AGENT, order.id)).code == "order_closed"
-        assert (await desk.do(tracking.snapshot, CUSTOMER, order.id, None)).assignment == 0
+        assert (await desk.ask(tracking.snapshot, CUSTOMER, order.id, None)).assignment == 0
 
 
 async def test_a_tracking_guest_reads_the_redacted_order_only(desk: Desk) -> None:
@@ -265,12 +265,12 @@ async def test_a_tracking_guest_reads_the_redacted_order_only(desk: Desk) -> Non
     watcher, payer = guest(order.id, Scope.TRACK), guest(order.id, Scope.PAY)
     whole = (await desk.orders())[order.id]
     assert await desk.do(orders.read, watcher, order.id) == whole.for_tracking()
-    assert (await desk.do(tracking.snapshot, watcher, order.id, 0)).order == whole.for_tracking()
+    assert (await desk.ask(tracking.snapshot, watcher, order.id, 0)).order == whole.for_tracking()
     assert await desk.do(orders.read, payer, order.id) == whole
     log = await desk.log(order.id)
     for events in (
         await desk.timeline(order.id, by=watcher),
-        (await desk.do(tracking.snapshot, watcher, order.id, 0)).events,
+        (await desk.ask(tracking.snapshot, watcher, order.id, 0)).events,
     ):
         assert list(events) == [one.for_tracking() for one in log]
         assert b"s1" not in b"".join(one.payload for one in events)

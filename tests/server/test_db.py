@@ -481,7 +481,9 @@ async def test_verbs_work_through_pgbouncer_however_many_at_once(bounced_url: st
         timeline = await do(orders.events, SHOP, order.id, 2)
         assert ([event.seq for event in timeline.events], timeline.seq) == ([3, 4, 5], 5)
         assert await do(tracking.assignment, Actor(sub=f"a{number}", role=Role.AGENT, exp=2e9), order.id) == 5
-        snapshot = await do(tracking.snapshot, SHOP, order.id, 0)
+        async with database.statement() as tx:
+            (snapshot,) = await tracking.snapshot(tx, [tracking.Asked(SHOP, order.id, 0)])
+        assert isinstance(snapshot, tracking.Snapshot)
         assert [event.seq for event in snapshot.events] == [1, 2, 3, 4, 5]
         page = await do(orders.list_orders, SHOP, msgspec.convert({"agentId": f"a{number}"}, orders.ListOrders))
         assert [item.id for item in page.items] == [order.id]

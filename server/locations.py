@@ -20,7 +20,8 @@ from models.position import Limits, Position, Track, shown
 from models.user import Actor, Role
 from server import metrics
 from server.db import Database
-from server.realtime.bus import Bus, BusAway
+from server.realtime.bus import Bus
+from server.realtime.link import BusAway
 from server.realtime.positions import CLOSED, PositionLane
 from server.settings import Settings
 from server.workers.trail import Trail

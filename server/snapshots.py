@@ -24,7 +24,7 @@ from models.user import Actor
 from server import metrics
 from server.batches import Batches
 from server.doors import Doors
-from server.realtime.bus import BusAway
+from server.realtime.link import BusAway
 from server.realtime.positions import Known, PositionLane
 from server.realtime.rooms import Image, Kept, Room, Rooms
 

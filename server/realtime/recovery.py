@@ -17,8 +17,9 @@ import secrets
 from collections.abc import Callable, Mapping
 
 from server import metrics
-from server.realtime.bus import Bus, BusAway
+from server.realtime.bus import Bus
 from server.realtime.connections import Connection, Frame
+from server.realtime.link import BusAway
 
 SHORTENED_FROM = 3
 """From this part of its bound on, an offset is shortened: what its client has proven to have goes to Redis."""

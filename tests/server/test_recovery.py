@@ -15,8 +15,9 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from models.user import Actor, Role
-from server.realtime.bus import Bus, BusAway
+from server.realtime.bus import Bus
 from server.realtime.connections import Connection, frame
+from server.realtime.link import BusAway
 from server.realtime.recovery import Lost, Recoverable, Sessions, Unsaved
 
 WHO = "customer:c1"

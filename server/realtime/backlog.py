@@ -7,6 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import structlog
 
@@ -14,9 +15,6 @@ log = structlog.get_logger()
 
 SLICE_S = 0.005
 """How long the loop is kept from everything else."""
-
-GRACE = 0.05
-"""How much of its slot a deadline may come early: who is set again by a turn that came a little late stays in step."""
 
 
 class Backlog:
@@ -53,11 +51,16 @@ class Wheel:
         self._backlog = backlog
         self._slot_s = slot_s
         self._slots: dict[int, list[Callable[[], None]]] = {}
+        self._due = -math.inf
 
     def after(self, seconds: float, act: Callable[[], None]) -> None:
-        """Call `act` when `seconds`, or up to a slot more, have passed."""
+        """Call `act` when `seconds`, or up to a slot more, have passed. Who sets the next deadline in a turn that came
+        less than a slot late counts from when it was due, so that what repeats stays in step."""
         loop = asyncio.get_running_loop()
-        slot = math.ceil((loop.time() + seconds) / self._slot_s - GRACE)
+        now = loop.time()
+        if now - self._due < self._slot_s:
+            now = self._due
+        slot = math.ceil(round((now + seconds) / self._slot_s, 3))
         acts = self._slots.get(slot)
         if acts is None:
             acts = self._slots[slot] = []
@@ -66,4 +69,11 @@ class Wheel:
 
     def _turn(self, slot: int) -> None:
         for act in self._slots.pop(slot):
-            self._backlog.add(act)
+            self._backlog.add(partial(self._act, slot * self._slot_s, act))
+
+    def _act(self, due: float, act: Callable[[], None]) -> None:
+        self._due = due
+        try:
+            act()
+        finally:
+            self._due = -math.inf

@@ -243,8 +243,9 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # the library i
         return session
 
     async def disconnect(self, sid: str | None = None) -> None:
-        for session in list(self.sockets.values()) if sid is None else [self._get_socket(sid)]:
-            session.hang_up()
+        for session in list(self.sockets.values()):
+            if sid in (None, session.sid):
+                session.hang_up()
 
     # the library's handlers
 

@@ -101,9 +101,8 @@ def engine_io() -> EngineServer:
     return server
 
 
-def application(*, engine_only: bool) -> web.Application:
-    """The server of one of the suites, under the path where it is looked for."""
-    server = engine_io() if engine_only else EchoEngine()
+def application(server: EngineServer | Engine, path: str = "/socket.io/") -> web.Application:
+    """A server under the path where clients look for it."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         try:
@@ -114,7 +113,7 @@ def application(*, engine_only: bool) -> web.Application:
         return response
 
     app = web.Application(client_max_size=2 * LIMITS["frame_max_bytes"])
-    app.router.add_route("*", "/engine.io/" if engine_only else "/socket.io/", handle)
+    app.router.add_route("*", path, handle)
     return app
 
 
@@ -123,4 +122,5 @@ if __name__ == "__main__":
     parser.add_argument("--engine", action="store_true", help="Engine.IO alone")
     parser.add_argument("--port", type=int, default=PORT)
     chosen = parser.parse_args()
-    web.run_app(application(engine_only=chosen.engine), port=chosen.port, access_log=None)
+    app = application(engine_io(), "/engine.io/") if chosen.engine else application(EchoEngine())
+    web.run_app(app, port=chosen.port, access_log=None)

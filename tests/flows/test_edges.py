@@ -195,7 +195,7 @@ async def test_a_poll_that_arrives_in_pieces_is_read_whole(closed: Instance) -> 
                 yield connect[at : at + 50]
 
         async with session.post(f"{closed.url}{POLLING}&sid={sid}", data=pieces()) as reply:
-            assert await reply.text() == "OK"
+            assert await reply.text() == "ok"
         async with session.get(f"{closed.url}{POLLING}&sid={sid}") as reply:
             assert (await reply.text()).startswith('40{"sid"')
     assert SECRET not in closed.log.read_text()

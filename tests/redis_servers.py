@@ -194,7 +194,8 @@ class RedisCluster:
         owner = await self.id_of(target)
         others = [node for node in self.nodes if node not in (source, target)]
         for node in (target, source, *others):
-            await self.ask(node, "CLUSTER", "SETSLOT", slot, "NODE", owner)
+            if (await self.ask(node, "ROLE"))[0] == b"master":
+                await self.ask(node, "CLUSTER", "SETSLOT", slot, "NODE", owner)
 
     async def move(self, slot: int, source: PrivateRedis, target: PrivateRedis) -> None:
         """Move one slot with its keys, as resharding does."""

@@ -69,6 +69,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     jwks_timeout_ms: Annotated[Milliseconds, Meta(description="time limit of one fetch of the key set")] = 2000
     token_max_bytes: Annotated[Bytes, Meta(description="longest token that is looked at")] = 8192
     revocation_poll_s: Annotated[Seconds, Meta(description="how often revocations are read again without news")] = 5
+    revocation_hold_max_s: Annotated[
+        Seconds,
+        Meta(description="how long the bus is not believed after an outage because revocations cannot be read"),
+    ] = 10
     link_ttl_s: Annotated[Seconds, Meta(description="life of a link when the request names none")] = 7 * 24 * 3600
     link_ttl_max_s: Annotated[Seconds, Meta(description="longest life that a request may ask for")] = 90 * 24 * 3600
     guest_token_ttl_s: Annotated[Seconds, Meta(description="life of the token that a link is exchanged for")] = 3600
@@ -138,6 +142,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ping_interval_s: Annotated[Seconds, Meta(description="how often a socket is asked whether it lives")] = 25
     ping_timeout_s: Annotated[Seconds, Meta(description="silence after which a socket is closed")] = 20
     token_expiry_notice_s: Annotated[Seconds, Meta(description="`tokenExpiring` is sent this long before `exp`")] = 60
+    token_expiry_grace_s: Annotated[
+        Seconds, Meta(description="a socket hears on for this long after `exp`, but may only refresh; then it is ended")
+    ] = 5
 
     location_min_interval_ms: Annotated[
         Annotated[int, Meta(ge=0, le=3_600_000)],

@@ -41,9 +41,6 @@ DEFAULT_PORT = 8080
 PORTS_TRIED_MAX = 20
 """How many ports from DEFAULT_PORT on are tried when PORT is not set."""
 
-RETRY_IN_MS = 1000
-"""What clients are asked to wait before they come back from an instance that drains."""
-
 CLIENTS_LEAVE_S = 3
 """How long a drain waits for clients to answer their goodbye; those that do not are gone already."""
 
@@ -203,8 +200,8 @@ class Process:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.settings.drain_timeout_s):
                 self.sockets.rooms.close()
-                self.sockets.drain(RETRY_IN_MS)
                 # the listener stays open meanwhile, so that probes hear that we drain
+                await self.sockets.drain()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(CLIENTS_LEAVE_S):
                         await self.sockets.engine.empty.wait()
@@ -320,6 +317,7 @@ class Process:
         if not session_id:
             if self.health.draining or not self.health.revocations.is_set():
                 raise Unavailable("This instance takes no new connections now.")
+            self.limits.admit(self.sockets.engine.unconnected)
             await self.limits.handshake(request)
         elif session_id not in self.sockets.engine.eio.sockets:
             await self.limits.stranger(request)

@@ -13,6 +13,7 @@ request_seconds = Histogram(
 )
 socket_events = Counter("waybill_socket_events_total", "Events received on sockets.", ["event", "outcome"])
 connections = Gauge("waybill_connections", "Sockets connected to this process.")
+drained = Counter("waybill_drained_total", "Sockets that were sent elsewhere because the process stops.")
 connections_open = Gauge("waybill_connections_open", "Open connections of any kind, idle ones too.")
 connections_max = Gauge("waybill_connections_max", "How many of them this process takes; 0: no limit.")
 watched_orders = Gauge("waybill_watched_orders", "Orders that somebody watches on this process.")

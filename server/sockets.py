@@ -43,7 +43,6 @@ from models.message import (
     DurableEvent,
     OrderLocationUpdate,
     Seq,
-    ServerDraining,
     SubscriptionClosed,
     TokenExpiring,
 )
@@ -54,6 +53,7 @@ from server import metrics
 from server.auth import Authenticator
 from server.deadlines import Deadlines
 from server.doors import KEY_PATTERN, Doors, Verb, convert
+from server.drain import send_away
 from server.limits import Limits
 from server.locations import Locations
 from server.outbox import ORDER_PREFIX, USER_PREFIX, order_channel, unpack, user_channel
@@ -74,6 +74,9 @@ ASSIGNMENTS_TOLD_MAX = 100
 
 EXPIRY_LOOK_S = 0.5
 """How often it is looked whose token has come to its time."""
+
+TOO_FAST = 4
+"""Why a session is held, besides the 1 of its unanswered calls and the 2 of its slow reader."""
 
 AT_ONCE_MAX = 50
 """Of how many sockets the tokens are seen to before others get a turn: a whole fleet may have tokens of one second."""
@@ -207,6 +210,7 @@ class Sockets:
         self._token_deadlines: Deadlines[Connection] = Deadlines()
         """When the token of each connection is seen to next: its bearer is told of the end, then it ends."""
         self._goodbyes: set[asyncio.Task[None]] = set()
+        self._draining = False
         self.engine = Engine(
             authenticate=self._authenticate,
             caller_of=self._limits.network_of,
@@ -239,7 +243,10 @@ class Sockets:
     async def _authenticate(self, auth: object, caller: str) -> Actor:
         token = auth.get("token") if isinstance(auth, dict) else None
         try:
-            return await self._authenticator.actor(token)
+            actor = await self._authenticator.actor(token)
+            if self._draining:
+                raise Unavailable("This instance stops.")
+            return actor
         except Unauthenticated:
             try:
                 await self._limits.stranger_network(caller)
@@ -260,6 +267,7 @@ class Sockets:
     def _on_close(self, connection: Connection) -> None:
         metrics.connections.dec()
         self._token_deadlines.drop(connection)
+        self._limits.forget(connection.id)
         self.rooms.leave_all(connection)
         agent = connection.actor.sub
         if connection.actor.role is Role.AGENT:
@@ -314,18 +322,22 @@ class Sockets:
         self.rooms.leave(connection, order_id)
         connection.emit("subscriptionClosed", SubscriptionClosed(order_id=order_id, code=code))
 
-    def drain(self, retry_in_ms: int) -> None:
-        """Tell every client to come back elsewhere, and end its transport."""
-        for connection in list(self.engine.connections.values()):
-            connection.emit("serverDraining", ServerDraining(retry_in_ms=retry_in_ms))
-            connection.hang_up()
+    async def drain(self) -> None:
+        """Tell every client to come back elsewhere, and end the transports, in batches. Those that are not closed yet
+        go on as before."""
+        self._draining = True
         self.engine.end_unconnected()
+        connections = list(self.engine.connections.values())
+        await send_away(connections, self._settings.drain_batch_max, self._settings.drain_spread_ms)
 
     # what clients send
 
     def _on_event(self, connection: Connection, name: str, args: list[Any], number: int | None) -> None:
         """Read one event and start its work. Positions of a known agent are done at once, the rest in tasks; a client
         that asks faster than it is answered is read no further until an answer is out."""
+        wait_s = self._limits.pace(connection.id)
+        if wait_s:
+            self._read_later(connection, wait_s)
         handler = EVENTS.get(name)
         counts = handler is None or handler.run is not Sockets.update_location  # positions are thinned, never refused
         try:
@@ -366,6 +378,19 @@ class Sockets:
                 del connection.last_calls[order_id]
 
         task.add_done_callback(done)
+
+    def _read_later(self, connection: Connection, wait_s: float) -> None:
+        """Read nothing more of this connection for so long. The pause is one of its calls: a session that polls waits
+        for those."""
+        connection.wire.hold(TOO_FAST)
+        pause = asyncio.create_task(asyncio.sleep(wait_s))
+        connection.calls.add(pause)
+
+        def over(pause: asyncio.Task[None]) -> None:
+            connection.calls.discard(pause)
+            connection.wire.resume(TOO_FAST)
+
+        pause.add_done_callback(over)
 
     async def _call(
         self,

@@ -224,6 +224,11 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         self.on("connect", self._connected, namespace=NAMESPACE)
         self.on("disconnect", self._disconnected, namespace=NAMESPACE)
 
+    @property
+    def unconnected(self) -> int:
+        """How many sessions have not said yet who they are."""
+        return max(len(self.eio.sockets) - len(self.connections), 0)
+
     def _engineio_server_class(self) -> type[engineio.AsyncServer]:
         return _EngineServer
 

@@ -14,7 +14,6 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from handlers import users
 from models.errors import Forbidden, Unavailable
 from server import docs, metrics, migrate
 from server.auth import Authenticator
@@ -29,6 +28,7 @@ from server.pages import Pages
 from server.realtime.bus import Bus
 from server.realtime.positions import SHOW, PositionLane
 from server.rest import Rest, add_routes, edge
+from server.revocations import RevocationWatch
 from server.settings import CannotStart, Settings
 from server.sockets import Sockets
 from server.timeouts import Site
@@ -40,9 +40,6 @@ log = structlog.get_logger()
 DEFAULT_PORT = 8080
 PORTS_TRIED_MAX = 20
 """How many ports from DEFAULT_PORT on are tried when PORT is not set."""
-
-RETRY_IN_MS = 1000
-"""What clients are asked to wait before they come back from an instance that drains."""
 
 CLIENTS_LEAVE_S = 3
 """How long a drain waits for clients to answer their goodbye; those that do not are gone already."""
@@ -130,7 +127,16 @@ class Process:
         doors = Doors(self.database, self.outbox, lane)
         self.edges = Edges(settings)
         self.limits = Limits(settings, self.bus, self.edges)
-        self.sockets = Sockets(settings, doors, self.authenticator, self.bus, lane, self.locations, self.limits)
+        self.sockets = Sockets(
+            settings,
+            doors,
+            self.authenticator,
+            self.bus,
+            lane,
+            self.locations,
+            self.limits,
+            lambda: self.revocations.read(),
+        )
         self.rest = Rest(
             settings,
             doors,
@@ -138,7 +144,7 @@ class Process:
             self.sockets,
             self.locations,
             self.limits,
-            self._revoked_here,
+            lambda revoked: self.revocations.tell(revoked),
             lambda: self.health.revocations.is_set(),
         )
         self.relay = Relay(
@@ -152,9 +158,15 @@ class Process:
         self.health.loops_running = self._loops_running
         self._tasks: list[asyncio.Task[None]] = []
         self._runner: web.AppRunner | None = None
-        self._news: list[users.Revoked] = []
-        self._bus_changed = asyncio.Event()
-        self._ending: set[asyncio.Task[None]] = set()
+        self.revocations = RevocationWatch(
+            settings,
+            self.database,
+            self.bus,
+            self.authenticator.revocations,
+            known=self.health.revocations,
+            end_revoked=self.sockets.end_revoked,
+            on_current=self._on_bus_believed,
+        )
         self.port = 0
 
     # starting and stopping
@@ -166,7 +178,7 @@ class Process:
         self._loop("postgres", self.database.run())
         self._loop("redis", self.bus.run())
         self._loop("schema", self._wait_for_schema())
-        self._loop("revocations", self._follow_revocations())
+        self._loop("revocations", self._when_schema_is_there(self.revocations.run))
         self._loop("outbox", self.outbox.run())
         self._loop("loop lag", watch_loop_lag())
         self._loop("backlog", self._when_schema_is_there(self.relay.watch_backlog))
@@ -187,8 +199,8 @@ class Process:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.settings.drain_timeout_s):
                 self.sockets.rooms.close()
-                self.sockets.drain(RETRY_IN_MS)
                 # the listener stays open meanwhile, so that probes hear that we drain
+                await self.sockets.drain()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(CLIENTS_LEAVE_S):
                         await self.sockets.engine.eio.empty.wait()
@@ -239,58 +251,25 @@ class Process:
     def _on_message(self, channel: str, message: bytes) -> None:
         try:
             if channel == CONTROL:
-                self._on_revoked(msgspec.json.decode(message, type=users.Revoked))
-            else:
+                self.revocations.hear(message)
+            elif self.revocations.current:
                 self.sockets.on_message(channel, message)
+            else:
+                metrics.bus_passed_over.inc()  # events are read from the table, once it is known who may hear them
         except (ValueError, KeyError, msgspec.MsgspecError):
             log.exception("bus_message_not_understood", channel=channel)
 
     def _on_bus_change(self) -> None:
         if not self.bus.up:
             metrics.bus_losses.inc()
+            self.sockets.rooms.check_all()
+        self.locations.forget_all()
+        self.revocations.bus_changed()
+
+    def _on_bus_believed(self) -> None:
+        """The bus is back, and it is known who may hear what it brings."""
         self.locations.forget_all()
         self.sockets.rooms.check_all()
-        self._bus_changed.set()
-
-    # revocations
-
-    def _revoked_here(self, revoked: users.Revoked) -> None:
-        """Tell all instances. This one does not wait for the bus: it may be away."""
-        self.bus.publish(CONTROL, msgspec.json.encode(revoked))
-        self._on_revoked(revoked)
-
-    def _on_revoked(self, revoked: users.Revoked) -> None:
-        self._news.append(revoked)
-        self.authenticator.revocations.add(revoked.kind, revoked.value, revoked.at)
-        self._end_revoked()
-
-    def _end_revoked(self) -> None:
-        ending = asyncio.create_task(self.sockets.end_revoked(), name="end_revoked")
-        self._ending.add(ending)
-        ending.add_done_callback(self._ending.discard)
-        ending.add_done_callback(_report)
-
-    async def _follow_revocations(self) -> None:
-        """Read all revocations again every now and then: the bus may have lost one."""
-        await self.health.schema.wait()
-        while True:
-            self._news.clear()
-            try:
-                async with self.database.statement() as tx:
-                    known = await users.revocations(tx)
-                self.authenticator.revocations.load((one.kind, one.value, one.at) for one in known)
-                for one in self._news:  # came while we were reading
-                    self.authenticator.revocations.add(one.kind, one.value, one.at)
-                self.health.revocations.set()
-                await self.sockets.end_revoked()
-            except Unavailable:
-                log.warning("revocations_not_read")  # what is known stays known
-            # nobody tells us while the bus is away, and what was told meanwhile is not told again
-            interval_s = self.settings.revocation_poll_s if self.bus.up else self.settings.bus_fallback_poll_ms / 1000
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(interval_s):
-                    await self._bus_changed.wait()
-            self._bus_changed.clear()
 
     # idempotency keys
 
@@ -337,6 +316,7 @@ class Process:
         if not session_id:
             if self.health.draining or not self.health.revocations.is_set():
                 raise Unavailable("This instance takes no new connections now.")
+            self.limits.admit(self.sockets.engine.unconnected)
             await self.limits.handshake(request)
         elif session_id not in self.sockets.engine.eio.sockets:
             await self.limits.stranger(request)

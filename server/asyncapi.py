@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from models.errors import Invalid, Malformed, NotFound, RateLimited, Refused, Unavailable
+from models.errors import Invalid, Malformed, NotFound, RateLimited, Refused, Unauthenticated, Unavailable
 from models.message import HEARD
 from server.openapi import VERSION
 from server.shapes import REF, JsonSchema, Shapes
@@ -41,7 +41,7 @@ What the server hands to the acknowledgement callback of an emit. It is matched 
 libraries choose; an event that is emitted without a callback is carried out and not answered.
 """
 
-ALWAYS: tuple[type[Refused], ...] = (Malformed, Invalid, RateLimited, Unavailable)
+ALWAYS: tuple[type[Refused], ...] = (Malformed, Invalid, Unauthenticated, RateLimited, Unavailable)
 """How every event may be refused."""
 
 

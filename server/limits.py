@@ -1,4 +1,5 @@
-"""Rates: how much one user or one address may ask for, counted in Redis, so that all instances share one limit.
+"""Rates: how much one user or one address may ask for, counted in Redis, so that all instances share one limit; and how
+fast one socket may send and one process takes sockets, counted in memory.
 
 The count is a GCRA: for each (rate, who) Redis keeps one time, at which its quota would be whole again. One script call
 judges and counts. Redis is asked once per request and waited for `RATE_LIMIT_WAIT_MS` at most; while it is away
@@ -48,6 +49,15 @@ What was counted under settings that were stricter is cut to an empty quota of t
 REFUSED_MAX = 10_000
 """Most of those who are over a limit that a process remembers; further ones are judged by Redis each time."""
 
+READ_AGAIN_S = 0.05
+"""Least time for which a socket that sends too fast is read no further: a wake for each event would cost more."""
+
+HANDSHAKE_AGAIN_MS = 1000
+"""Least time after which to open a socket again: the process is busy with others."""
+
+ROUNDING_S = 1e-6
+"""What floating point may be off by."""
+
 PAUSE_S = 1.0
 """How long Redis is not asked again after it did not answer in time."""
 
@@ -69,6 +79,26 @@ class Rate(NamedTuple):
     @property
     def policy(self) -> str:
         return f'"{self.name}";q={self.burst};w={self.window_s}'
+
+
+class Quota:
+    """The same count in memory, for what only one process sees: `burst` at once, then `per_s`."""
+
+    __slots__ = ("_empty_s", "_interval_s", "_whole_at")
+
+    def __init__(self, per_s: int, burst: int) -> None:
+        self._interval_s = 1 / per_s
+        self._empty_s = burst / per_s
+        self._whole_at = 0.0
+
+    def wait_s(self, now: float) -> float:
+        """Time until one more is there; 0: it is."""
+        wait_s = self._whole_at + self._interval_s - now - self._empty_s
+        return wait_s if wait_s > ROUNDING_S else 0.0
+
+    def take(self, now: float) -> None:
+        """Take one, whether it is there or not."""
+        self._whole_at = max(self._whole_at, now) + self._interval_s
 
 
 class Standing(NamedTuple):
@@ -101,6 +131,10 @@ class Limits:
         self._service_events = Rate("service-events", s.rate_service_events_per_min, s.rate_service_burst_max)
         self._address = Rate("address", s.rate_address_requests_per_min, s.rate_address_burst_max)
         self._handshakes = Rate("handshakes", s.rate_address_handshakes_per_min, s.rate_address_handshakes_burst_max)
+        self._per_socket = s.socket_events_per_s_max, s.socket_events_burst_max
+        self._sockets: dict[str, Quota] = {}
+        self._all_handshakes = Quota(s.handshakes_per_s_max, s.handshakes_burst_max)
+        self._handshakes_open_max = s.handshakes_open_max
         self._refused: dict[str, float] = {}
         """Monotonic time until which a key is over its limit."""
         self._paused_until = 0.0
@@ -139,6 +173,23 @@ class Limits:
         except RateLimited as refusal:
             raise Unavailable("Too many sockets are being opened from this address.", **refusal.fields) from None
 
+    def admit(self, unconnected: int) -> None:
+        """A socket that is being opened at this process, where so many have not said yet who they are.
+
+        Raises:
+            Unavailable: it takes no more for now, so that those who are connected go on hearing in time.
+        """
+        if not self._on:
+            return
+        now = time.monotonic()
+        wait_s = self._all_handshakes.wait_s(now)
+        full = unconnected >= self._handshakes_open_max
+        if wait_s or full:
+            metrics.rate_limited.labels("handshakes-open" if full else "handshakes-all").inc()
+            wait_ms = max(math.ceil(wait_s * 1000), HANDSHAKE_AGAIN_MS)
+            raise Unavailable("Too many sockets are being opened at this instance.", retryAfterMs=wait_ms)
+        self._all_handshakes.take(now)
+
     async def _request(self, request: web.Request, rate: Rate, who: str) -> None:
         if not self._on:
             return
@@ -157,6 +208,26 @@ class Limits:
             response.headers.update(standing.headers())
 
     # events
+
+    def pace(self, socket_id: str) -> float:
+        """Count an event of this socket. Returns for how many seconds it is to be read no further: what comes too fast
+        is not refused, it waits on the sender's side."""
+        if not self._on:
+            return 0.0
+        quota = self._sockets.get(socket_id)
+        if quota is None:
+            quota = self._sockets[socket_id] = Quota(*self._per_socket)
+        now = time.monotonic()
+        quota.take(now)
+        wait_s = quota.wait_s(now)
+        if not wait_s:
+            return 0.0
+        metrics.rate_limited.labels("socket").inc()
+        return max(wait_s, READ_AGAIN_S)
+
+    def forget(self, socket_id: str) -> None:
+        """The socket is closed."""
+        self._sockets.pop(socket_id, None)
 
     async def event(self, actor: Actor) -> None:
         """An event that is about to be carried out."""

@@ -13,9 +13,13 @@ request_seconds = Histogram(
 )
 socket_events = Counter("waybill_socket_events_total", "Events received on sockets.", ["event", "outcome"])
 connections = Gauge("waybill_connections", "Sockets connected to this process.")
+drained = Counter("waybill_drained_total", "Sockets that were sent elsewhere because the process stops.")
 connections_open = Gauge("waybill_connections_open", "Open connections of any kind, idle ones too.")
 connections_max = Gauge("waybill_connections_max", "How many of them this process takes; 0: no limit.")
 watched_orders = Gauge("waybill_watched_orders", "Orders that somebody watches on this process.")
+revocations_overdue = Counter(
+    "waybill_revocations_overdue_total", "How often the bus was believed although revocations could not be read."
+)
 expelled = Counter("waybill_expelled_total", "Sessions that the server ended.", ["code"])
 events_published = Counter("waybill_events_published_total", "Order events handed to Redis.", ["by"])
 events_marked = Counter("waybill_events_marked_sent_total", "Order events marked as sent.")
@@ -47,6 +51,9 @@ events_unsent = Gauge("waybill_events_unsent", "Order events that are not marked
 oldest_unsent = Gauge("waybill_oldest_unsent_seconds", "Age of the oldest of them; 0 when there is none.")
 bus_up = Gauge("waybill_bus_up", "1 while Redis answers.")
 bus_losses = Counter("waybill_bus_losses_total", "How often Redis was lost.")
+bus_passed_over = Counter(
+    "waybill_bus_passed_over_total", "Messages of a bus that had just come back, before revocations were read."
+)
 database_up = Gauge("waybill_database_up", "1 while Postgres answers.")
 db_connections = Gauge("waybill_db_connections", "Connections of this process to Postgres.", ["state"])
 db_pool_size = Gauge("waybill_db_pool_size", "The most connections to Postgres that this process opens.")

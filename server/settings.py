@@ -77,6 +77,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         20_000
     )
     revocation_poll_s: Annotated[Seconds, Meta(description="how often revocations are read again without news")] = 5
+    revocation_hold_max_s: Annotated[
+        Seconds,
+        Meta(description="how long the bus is not believed after an outage because revocations cannot be read"),
+    ] = 10
     link_ttl_s: Annotated[Seconds, Meta(description="life of a link when the request names none")] = 7 * 24 * 3600
     link_ttl_max_s: Annotated[Seconds, Meta(description="longest life that a request may ask for")] = 90 * 24 * 3600
     guest_token_ttl_s: Annotated[Seconds, Meta(description="life of the token that a link is exchanged for")] = 3600
@@ -101,6 +105,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 1000
     gap_check_interval_s: Annotated[Seconds, Meta(description="how often the tops of watched orders are compared")] = 5
     drain_timeout_s: Annotated[Seconds, Meta(description="time between SIGTERM and exit")] = 15
+    drain_batch_max: Annotated[
+        Count, Meta(description="sockets that leave a draining instance at once, ten times a second")
+    ] = 50
+    drain_spread_ms: Annotated[
+        Milliseconds, Meta(description="longest time over which they leave; when they are many, more leave at once")
+    ] = 5000
     idempotency_keep_s: Annotated[Seconds, Meta(description="life of an Idempotency-Key")] = 7 * 24 * 3600
 
     cors_origins: Annotated[
@@ -152,6 +162,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ping_interval_s: Annotated[Seconds, Meta(description="how often a socket is asked whether it lives")] = 25
     ping_timeout_s: Annotated[Seconds, Meta(description="silence after which a socket is closed")] = 20
     token_expiry_notice_s: Annotated[Seconds, Meta(description="`tokenExpiring` is sent this long before `exp`")] = 60
+    token_expiry_grace_s: Annotated[
+        Seconds, Meta(description="a socket hears on for this long after `exp`, but may only refresh; then it is ended")
+    ] = 5
 
     location_min_interval_ms: Annotated[
         Annotated[int, Meta(ge=0, le=3_600_000)],
@@ -220,6 +233,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Count, Meta(description="sockets that one address may open; whole offices and mobile networks share one")
     ] = 6000
     rate_address_handshakes_burst_max: Annotated[Count, Meta(description="how many of them may come at once")] = 3000
+    handshakes_per_s_max: Annotated[
+        Count, Meta(description="sockets that a process opens, whoever asks; a core manages about as many")
+    ] = 1000
+    handshakes_burst_max: Annotated[Count, Meta(description="how many of them may come at once")] = 5000
+    handshakes_open_max: Annotated[
+        Count, Meta(description="most open sockets of a process that have not sent CONNECT yet")
+    ] = 5000
+    socket_events_per_s_max: Annotated[
+        Count, Meta(description="events, positions too, that are read from one socket; further ones wait, unread")
+    ] = 1000
+    socket_events_burst_max: Annotated[Count, Meta(description="how many of them may come at once")] = 2000
     rate_limit_wait_ms: Annotated[
         Milliseconds, Meta(description="longest wait for Redis to count; then the request is let through")
     ] = 100
@@ -376,6 +400,10 @@ def _check_relations(s: Settings) -> None:
         (
             s.db_timeout_ms < s.drain_timeout_s * 1000,
             "DB_TIMEOUT_MS must be less than DRAIN_TIMEOUT_S, or a drain cuts running requests",
+        ),
+        (
+            s.drain_spread_ms + s.db_timeout_ms < s.drain_timeout_s * 1000,
+            "DRAIN_SPREAD_MS + DB_TIMEOUT_MS must be less than DRAIN_TIMEOUT_S, or a drain ends before the last client",
         ),
         (
             s.redis_timeout_ms + 2 * s.db_timeout_ms < s.request_timeout_ms,

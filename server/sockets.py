@@ -39,7 +39,6 @@ from models.errors import (
 )
 from models.event import Event, Type
 from models.message import (
-    ServerDraining,
     SubscriptionClosed,
     TokenExpiring,
 )
@@ -48,7 +47,9 @@ from models.position import Position
 from models.user import Actor, Role
 from server import metrics
 from server.auth import Authenticator
+from server.deadlines import Deadlines
 from server.doors import KEY_PATTERN, Doors, Verb, convert
+from server.drain import send_away
 from server.limits import Limits
 from server.locations import Locations
 from server.outbox import ORDER_PREFIX, USER_PREFIX, order_channel, unpack, user_channel
@@ -69,8 +70,14 @@ ASSIGNMENTS_TOLD_MAX = 100
 ATTACHMENTS_MAX = 0
 """Most binary attachments of one packet: no event of this server takes any."""
 
-EXPIRY_SWEEP_S = 1.0
-"""How often the tokens of all connections are compared with the clock."""
+EXPIRY_LOOK_S = 0.5
+"""How often it is looked whose token has come to its time."""
+
+TOO_FAST = 8
+"""Why a session is held, besides what the session and the engine hold it for."""
+
+AT_ONCE_MAX = 50
+"""Of how many sockets the tokens are seen to before others get a turn: a whole fleet may have tokens of one second."""
 
 
 EXAMPLE_ID = "9e2c8d3c-4a8a-4bb5-8c06-9f4f6f0f5d11"
@@ -177,8 +184,10 @@ class Sockets:
         lane: PositionLane,
         locations: Locations,
         limits: Limits,
+        read_revocations: Callable[[], Awaitable[None]],
     ) -> None:
         self._settings = settings
+        self._read_revocations = read_revocations
         self._doors = doors
         self._authenticator = authenticator
         self._limits = limits
@@ -188,8 +197,10 @@ class Sockets:
         """Connections of each agent: an assignment reaches all of them, subscribed or not."""
         self._assigned: dict[str, dict[str, int]] = {}
         """For each of them its latest orders with the number of the assignment that its sockets were told of."""
-        self._noticed: set[str] = set()
-        """Connections that were told that their token is about to expire."""
+        self._token_deadlines: Deadlines[Connection] = Deadlines()
+        """When the token of each connection is seen to next: its bearer is told of the end, then it ends."""
+        self._goodbyes: set[asyncio.Task[None]] = set()
+        self._draining = False
         self._sessions = Sessions(
             bus, keep_s=settings.recovery_keep_s, offset_max_bytes=settings.recovery_offset_max_bytes
         )
@@ -226,7 +237,10 @@ class Sockets:
     async def _authenticate(self, auth: object, caller: str) -> Actor:
         token = auth.get("token") if isinstance(auth, dict) else None
         try:
-            return await self._authenticator.actor(token)
+            actor = await self._authenticator.actor(token)
+            if self._draining:
+                raise Unavailable("This instance stops.")
+            return actor
         except Unauthenticated:
             try:
                 await self._limits.stranger_network(caller)
@@ -267,10 +281,14 @@ class Sockets:
         try:
             marks = await self._sessions.find(pid, auth.get("offset"), _who(connection.actor))
             entered = await self._enter_all(connection, marks)
+            self._authenticator.check(connection.actor)  # it may have been revoked while we read
         except Lost as lost:
             metrics.recoveries.labels(str(lost)).inc()
             self.rooms.leave_all(connection)
             return None
+        except BaseException:
+            self.rooms.leave_all(connection)
+            raise
         metrics.recoveries.labels("recovered").inc()
         connection.recoverable = Recoverable(self._sessions, connection, pid)
 
@@ -311,11 +329,13 @@ class Sockets:
             if actor.sub not in self._agents:
                 self._bus.subscribe(user_channel(actor.sub))
             self._agents.setdefault(actor.sub, {})[connection.id] = connection
+        self._token_deadlines.set(connection, actor.exp - self._settings.token_expiry_notice_s)
         log.debug("socket_opened", connection_id=connection.id, role=actor.role)
 
     def _on_close(self, connection: Connection) -> None:
         metrics.connections.dec()
-        self._noticed.discard(connection.id)
+        self._token_deadlines.drop(connection)
+        self._limits.forget(connection.id)
         self.rooms.leave_all(connection)
         agent = connection.actor.sub
         if connection.actor.role is Role.AGENT:
@@ -327,46 +347,65 @@ class Sockets:
         log.debug("socket_closed", connection_id=connection.id)
 
     async def watch_tokens(self) -> None:
-        """Tell clients that their token is about to expire, and end the sessions whose token has, until cancelled."""
+        """Tell clients that their token is about to expire, and end the sessions whose token has expired and was not
+        refreshed within the grace, until cancelled."""
         while True:
-            await asyncio.sleep(EXPIRY_SWEEP_S)
-            now, soon = time.time(), time.time() + self._settings.token_expiry_notice_s
-            for connection in list(self.engine.connections.values()):
-                if connection.actor.exp <= now:
-                    await self._end(connection, "expired")
-                elif connection.actor.exp <= soon and connection.id not in self._noticed:
-                    self._noticed.add(connection.id)
-                    connection.emit("tokenExpiring", TokenExpiring(expires_at=_unix_rfc3339(connection.actor.exp)))
+            await asyncio.sleep(EXPIRY_LOOK_S)
+            now = time.time()
+            for count, connection in enumerate(self._token_deadlines.take_due(now), 1):
+                exp = connection.actor.exp
+                if exp + self._settings.token_expiry_grace_s <= now:
+                    self._end(connection, "expired")
+                elif not connection.left:
+                    self._token_deadlines.set(connection, exp + self._settings.token_expiry_grace_s)
+                    connection.emit("tokenExpiring", TokenExpiring(expires_at=_unix_rfc3339(exp)))
+                if count % AT_ONCE_MAX == 0:
+                    await asyncio.sleep(0)
 
-    async def end_revoked(self) -> None:
-        """End the sessions whose token was revoked."""
+    def end_revoked(self) -> None:
+        """End the sessions whose token was revoked. They hear nothing more, from this step on."""
         revocations = self._authenticator.revocations
         for connection in list(self.engine.connections.values()):
             if revocations.revoked(connection.actor):
-                await self._end(connection, "revoked")
+                self._end(connection, "revoked")
 
-    async def _end(self, connection: Connection, code: str) -> None:
+    def _end(self, connection: Connection, code: str) -> None:
+        """Shut the connection out at once; the protocol's goodbye follows."""
+        if connection.left:
+            return
+        connection.left = True
         metrics.expelled.labels(code).inc()
         for key in list(connection.keys):
             self._close_subscription(connection, key, code)
-        await self.engine.expel(connection, code)
+        goodbye = asyncio.create_task(self.engine.expel(connection, code), name="expel")
+        self._goodbyes.add(goodbye)
+        goodbye.add_done_callback(self._said_goodbye)
+
+    def _said_goodbye(self, goodbye: asyncio.Task[None]) -> None:
+        self._goodbyes.discard(goodbye)
+        if not goodbye.cancelled() and goodbye.exception() is not None:
+            log.error("expel_failed", exc_info=goodbye.exception())
 
     def _close_subscription(self, connection: Connection, order_id: str, code: str) -> None:
         self._leave(connection, order_id)
         connection.emit("subscriptionClosed", SubscriptionClosed(order_id=order_id, code=code))
 
-    def drain(self, retry_in_ms: int) -> None:
-        """Tell every client to come back elsewhere, and end its transport."""
-        for connection in list(self.engine.connections.values()):
-            connection.emit("serverDraining", ServerDraining(retry_in_ms=retry_in_ms))
-            connection.hang_up()
+    async def drain(self) -> None:
+        """Tell every client to come back elsewhere, and end the transports, in batches. Those that are not closed yet
+        go on as before."""
+        self._draining = True
         self.engine.end_unconnected()
+        connections = list(self.engine.connections.values())
+        await send_away(connections, self._settings.drain_batch_max, self._settings.drain_spread_ms)
 
     # what clients send
 
     def _on_event(self, connection: Connection, name: str, args: list[Any], number: int | None) -> None:
         """Read one event and start its work. Positions of a known agent are done at once, the rest in tasks; a client
         that asks faster than it is answered is read no further until an answer is out."""
+        wait_s = self._limits.pace(connection.id)
+        if wait_s:
+            self._read_later(connection, wait_s)
         handler = EVENTS.get(name)
         counts = handler is None or handler.run is not Sockets.update_location  # positions are thinned, never refused
         try:
@@ -378,6 +417,8 @@ class Sockets:
             if isinstance(argument, Unreadable):
                 raise Malformed("The arguments are not JSON.")
             payload = convert(argument, handler.payload)
+            if handler.run is not Sockets.refresh_token:
+                self._authenticator.check(connection.actor)  # in the grace nothing new is begun with an old token
             if handler.run is Sockets.update_location and number is None:
                 # the hot path: an agent that wants no answer is worth no task; but it overtakes none
                 if payload.order_id not in connection.last_calls and self._locations.accept_at_once(
@@ -399,12 +440,25 @@ class Sockets:
 
         def done(task: asyncio.Task[None]) -> None:
             connection.calls.discard(task)
-            if len(connection.calls) == calls_max - 1:
+            if len(connection.calls) < calls_max:
                 connection.wire.resume()
             if connection.last_calls.get(order_id) is task:
                 del connection.last_calls[order_id]
 
         task.add_done_callback(done)
+
+    def _read_later(self, connection: Connection, wait_s: float) -> None:
+        """Read nothing more of this connection for so long. The pause is one of its calls: a session that polls waits
+        for those."""
+        connection.wire.hold(TOO_FAST)
+        pause = asyncio.create_task(asyncio.sleep(wait_s))
+        connection.calls.add(pause)
+
+        def over(pause: asyncio.Task[None]) -> None:
+            connection.calls.discard(pause)
+            connection.wire.resume(TOO_FAST)
+
+        pause.add_done_callback(over)
 
     async def _call(
         self,
@@ -530,9 +584,13 @@ class Sockets:
         actor = await self._authenticator.actor(payload.token)
         if (actor.sub, actor.role) != (connection.actor.sub, connection.actor.role):
             raise Forbidden("The new token belongs to somebody else.")
+        if connection.left:
+            return  # while the key server was asked
         connection.actor = actor
-        if actor.exp > time.time() + self._settings.token_expiry_notice_s:
-            self._noticed.discard(connection.id)  # else the notice that was given still stands
+        told_at = actor.exp - self._settings.token_expiry_notice_s
+        # a token that is about to expire, too: the notice that was given still stands
+        due_at = told_at if told_at > time.time() else actor.exp + self._settings.token_expiry_grace_s
+        self._token_deadlines.set(connection, due_at)
         for key in list(connection.keys):
             member = self.rooms.member(connection, key)
             if not actor.reaches(key):
@@ -572,7 +630,7 @@ class Sockets:
             del told[next(iter(told))]
         message = _frame_of(event, FULL)
         for connection in self._agents[agent_id].values():
-            if not connection.actor.reaches(order_id):
+            if connection.left or not connection.actor.reaches(order_id):
                 continue
             member = self.rooms.member(connection, order_id)
             if member is None:
@@ -597,6 +655,8 @@ class Sockets:
     async def _read_missed(self, tops: Mapping[str, int]) -> Mapping[str, Sequence[Event]]:
         async with self._doors.database.statement() as tx:
             found = await tracking.missed(tx, dict(tops))
+        if found:
+            await self._read_revocations()  # after the events: whoever was revoked before one of them does not hear it
         metrics.gaps_filled.inc(sum(len(events) for events in found.values()))
         return found
 
@@ -641,7 +701,7 @@ EVENTS: dict[str, _Event] = {
         Sockets.refresh_token,
         TokenRefreshed,
         "Extend this connection with a newer token of the same person",
-        (Unauthenticated, Forbidden),
+        (Forbidden,),
     ),
 }
 

@@ -38,7 +38,16 @@ UNHURRIED = {
         "ADDRESS": ("REQUESTS_PER_MIN", "BURST_MAX", "HANDSHAKES_PER_MIN", "HANDSHAKES_BURST_MAX"),
     }.items()
     for what in whats
-}
+} | dict.fromkeys(
+    (
+        "HANDSHAKES_PER_S_MAX",
+        "HANDSHAKES_BURST_MAX",
+        "HANDSHAKES_OPEN_MAX",
+        "SOCKET_EVENTS_PER_S_MAX",
+        "SOCKET_EVENTS_BURST_MAX",
+    ),
+    "1000000",
+)
 """All tests come from one address, share a few users and one Redis: their rates are on, but out of each other's way."""
 
 ORDER = {

@@ -113,6 +113,11 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         self.eio.on_ended = self._on_ended
         self.manager.initialize()
 
+    @property
+    def unconnected(self) -> int:
+        """How many sessions have not said yet who they are."""
+        return max(len(self.eio.sockets) - len(self.connections), 0)
+
     def _engineio_server_class(self) -> type[EngineServer]:
         return EngineServer
 

@@ -212,8 +212,8 @@ def short(seconds: float, sub: str = "c1", **claims: Any) -> str:
     return token("customer", sub, ttl_s=seconds, **claims)
 
 
-async def test_an_expired_session_is_ended_and_a_refreshed_one_is_not(pair: tuple[Instance, Instance]) -> None:
-    a, b = pair
+async def test_an_expired_session_is_ended_and_a_refreshed_one_is_not(fleet: Fleet) -> None:
+    a, b = await fleet.pair(TOKEN_EXPIRY_GRACE_S="1")
     order_id = (await a.place())["id"]
     async with Node() as node:
         ending = int(time.time()) + 6
@@ -256,8 +256,8 @@ def _seconds(rfc3339: str) -> float:
     return dt.datetime.fromisoformat(rfc3339).timestamp()
 
 
-async def test_a_refresh_that_is_refused_extends_nothing(pair: tuple[Instance, Instance]) -> None:
-    a, _ = pair
+async def test_a_refresh_that_is_refused_extends_nothing(fleet: Fleet) -> None:
+    a = await fleet.start(TOKEN_EXPIRY_GRACE_S="1")
     order = await a.place()
     async with Node() as node:
         socket = await node.connected(a, short(4), transports=["websocket"])

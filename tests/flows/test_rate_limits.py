@@ -28,6 +28,13 @@ ADDRESS: dict[str, Any] = {
 }
 HANDSHAKES: dict[str, Any] = {"RATE_ADDRESS_HANDSHAKES_PER_MIN": "60", "RATE_ADDRESS_HANDSHAKES_BURST_MAX": "5"}
 POLLING = "/socket.io/?EIO=4&transport=polling"
+WEBSOCKET = "/socket.io/?EIO=4&transport=websocket"
+UPGRADE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "MDEyMzQ1Njc4OWFiY2RlZg==",
+}
 
 GROWTH_MAX_MIB = 24
 """What a flood may leave behind: Python keeps some of the memory that it once needed."""
@@ -189,6 +196,43 @@ async def test_handshakes_over_the_limit_are_refused_for_now(fleet: Fleet) -> No
         assert reply.status == 200
 
 
+async def test_a_process_takes_so_many_sockets_a_second_whoever_asks(fleet: Fleet) -> None:
+    how: dict[str, Any] = {"HANDSHAKES_PER_S_MAX": "1", "HANDSHAKES_BURST_MAX": "5", "TRUSTED_PROXIES": "127.0.0.1"}
+    instance, lifted = await fleet.start(**how), await fleet.start(**how, RATE_LIMITS="off")
+    async with aiohttp.ClientSession() as session:
+        statuses = []
+        for _ in range(8):
+            async with session.get(instance.url + POLLING, headers=somewhere()) as reply:
+                statuses.append(reply.status)
+                body, waits = await reply.read(), reply.headers.get("Retry-After")
+        assert statuses[:5] == [200] * 5
+        assert (statuses[-1], waits, json.loads(body)["code"]) == (503, "1", "unavailable")
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+            await session.ws_connect(instance.url + WEBSOCKET, headers=somewhere())
+        assert refused.value.status == 503
+        assert await metric(instance, 'waybill_rate_limited_total{rate="handshakes-all"}') >= 2
+        for _ in range(8):
+            async with session.get(lifted.url + POLLING, headers=somewhere()) as reply:
+                assert reply.status == 200
+
+
+async def test_sockets_that_say_nothing_fill_their_own_room_only(fleet: Fleet) -> None:
+    instance = await fleet.start(HANDSHAKES_OPEN_MAX="3")
+    async with aiohttp.ClientSession() as session, Watcher(instance, SERVICE):
+        silent = [await session.ws_connect(instance.url + WEBSOCKET) for _ in range(3)]
+        for path in (WEBSOCKET, POLLING):
+            async with session.get(instance.url + path, headers=UPGRADE if path == WEBSOCKET else {}) as reply:
+                assert (reply.status, reply.headers["Retry-After"]) == (503, "1")
+        assert await metric(instance, 'waybill_rate_limited_total{rate="handshakes-open"}') == 2
+        await silent[0].receive()
+        await silent[0].send_str(f'40{{"token":"{SERVICE}"}}')
+        assert (await silent[0].receive_str()).startswith("40")
+        async with Watcher(instance, SERVICE):
+            pass
+        for socket in silent:
+            await socket.close()
+
+
 async def test_guessing_tokens_on_sockets_ends_in_a_closed_transport(fleet: Fleet) -> None:
     instance = await fleet.start(**ADDRESS)
     async with aiohttp.ClientSession(headers=somewhere()) as session:
@@ -237,6 +281,63 @@ async def flood(instance: Instance, by: str, frames: list[str], answers: int) ->
         async with asyncio.timeout(120):
             await reading
     return heard
+
+
+PACE: dict[str, Any] = {"SOCKET_EVENTS_PER_S_MAX": "50", "SOCKET_EVENTS_BURST_MAX": "10"}
+
+
+async def an_agents_order(instance: Instance) -> tuple[str, str]:
+    """An order and the token of its agent."""
+    order_id, rider = (await instance.place())["id"], uuid.uuid4().hex
+    await instance.assign(order_id, rider)
+    return order_id, token("agent", rider)
+
+
+def pushes(order_id: str, count: int) -> list[str]:
+    now = time.time() * 1000
+    return [
+        f'42{n}["updateLocation",{{"orderId":"{order_id}","lat":12.97,"lng":77.59,"ts":{now + n}}}]'
+        for n in range(count)
+    ]
+
+
+async def test_a_socket_that_sends_too_fast_is_read_more_slowly_and_refused_nothing(fleet: Fleet) -> None:
+    instance = await fleet.start(**PACE)
+    order_id, by = await an_agents_order(instance)
+    async with Watcher(instance, by) as calm:
+        began = time.monotonic()
+        flooding = asyncio.create_task(flood(instance, by, pushes(order_id, 110), 110))
+        await until(lambda: paced(instance), "the flood is held")
+        asked = time.monotonic()
+        assert (await calm.call("unsubscribeFromOrder", {"orderId": order_id}))["ok"]
+        assert time.monotonic() - asked < 0.5, "another socket of the same agent waits for nothing"
+        answers = await flooding
+    assert all(answer["ok"] for answer in answers), "positions are never punished"
+    assert time.monotonic() - began >= 2.0, "110 at 50 a second, ten at once"
+
+
+async def paced(instance: Instance) -> bool:
+    return await metric(instance, 'waybill_rate_limited_total{rate="socket"}') > 0
+
+
+@pytest.mark.parametrize("transports", [("polling",), ("polling", "websocket")], ids=["polling", "upgraded"])
+async def test_a_session_that_polls_is_read_more_slowly_too(fleet: Fleet, transports: tuple[str, ...]) -> None:
+    instance = await fleet.start(**PACE)
+    order_id, by = await an_agents_order(instance)
+    async with Watcher(instance, by, transports=transports) as watcher:
+        began = time.monotonic()
+        for _ in range(11):
+            calls = [watcher.call("unsubscribeFromOrder", {"orderId": order_id}) for _ in range(10)]
+            assert all(answer["ok"] for answer in await asyncio.gather(*calls))
+        assert time.monotonic() - began >= 1.5, "a hundred at fifty a second"
+    assert await paced(instance)
+
+
+async def test_off_lets_a_socket_send_as_fast_as_it_can(fleet: Fleet) -> None:
+    instance = await fleet.start(**PACE, RATE_LIMITS="off")
+    order_id, by = await an_agents_order(instance)
+    assert all(answer["ok"] for answer in await flood(instance, by, pushes(order_id, 500), 500))
+    assert not await paced(instance)
 
 
 async def probe(instance: Instance, stop: asyncio.Event) -> float:

@@ -22,6 +22,8 @@ class Wire:
         self.asked: dict[int, tuple[str, Any]] = {}
         """Event and payload of every call."""
         self.frames: list[tuple[str, Any, Any]] = []
+        self.sent_away = False
+        """Whether the server said DISCONNECT, after which clients stay away."""
         self.closed = False
 
     async def __aenter__(self) -> Wire:
@@ -62,6 +64,8 @@ class Wire:
             elif text.startswith("43"):
                 number, _, answer = text[2:].partition("[")
                 self.frames.append(("answer", int(number), *json.loads("[" + answer)))
+            elif text == "41":
+                self.sent_away = True
             else:
                 self.frames.append(("other", text, None))
         self.closed = True

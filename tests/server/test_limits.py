@@ -16,7 +16,7 @@ from models.errors import RateLimited, Unavailable
 from models.user import Actor, Role
 from server.edges import Edges, _plain, protect
 from server.embedded import DataServers
-from server.limits import SPEND, STANDING, Limits
+from server.limits import SPEND, STANDING, Limits, Quota
 from server.realtime import websocket
 from server.realtime.bus import Bus
 from server.settings import CannotStart, Settings, load
@@ -76,6 +76,33 @@ async def test_a_burst_is_let_through_and_the_next_one_told_when_to_come_back(da
         await asyncio.sleep((wait_ms + SLACK_MS) / 1000)
         await some.user(request, actor)
         await some.user(request, somebody())  # somebody else has a quota of his own
+
+
+def test_a_quota_in_memory_is_a_burst_and_then_a_rate() -> None:
+    quota, now = Quota(per_s=10, burst=3), 1000.0
+    for _ in range(3):
+        assert quota.wait_s(now) == 0
+        quota.take(now)
+    assert quota.wait_s(now) == pytest.approx(0.1)
+    assert quota.wait_s(now + 0.05) == pytest.approx(0.05)
+    assert quota.wait_s(now + 0.1001) == 0
+    quota.take(now + 0.1001)
+    assert quota.wait_s(now + 0.1001) == pytest.approx(0.1, abs=0.001)
+    quota.take(now + 0.1001)  # it was not there: it is owed
+    assert quota.wait_s(now + 0.1001) == pytest.approx(0.2, abs=0.001)
+    assert quota.wait_s(now + 60) == 0
+    for _ in range(3):
+        assert quota.wait_s(now + 60) == 0
+        quota.take(now + 60)
+    assert quota.wait_s(now + 60) > 0, "rest saves up no more than a burst"
+
+
+def test_a_socket_that_is_closed_is_forgotten() -> None:
+    some = Limits(Settings(), None, Edges(Settings()))  # type: ignore[arg-type]
+    for number in range(1000):
+        some.pace(str(number))
+        some.forget(str(number))
+    assert some._sockets == {}
 
 
 async def test_two_instances_share_one_limit(data: DataServers) -> None:
@@ -169,6 +196,9 @@ async def test_off_asks_redis_for_nothing() -> None:
     await some.event(actor)
     some.check_event(actor)
     some.count_event(actor)
+    for _ in range(100_000):
+        some.admit(10**6)
+        assert some.pace("socket") == 0
     assert STANDING not in request
 
 

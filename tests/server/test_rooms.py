@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from models.errors import Unavailable
 from models.event import Event, Type, event
 from models.user import Actor, Role
+from server.auth import Revocations
 from server.realtime.bus import Bus
 from server.realtime.connections import Connection, Frame, frame
 from server.realtime.rooms import Room, Rooms
@@ -684,7 +685,10 @@ class Watch:
 
     def __init__(self) -> None:
         nothing: Any = SimpleNamespace(network_of=None)
-        self.sockets = Sockets(Settings(), nothing, nothing, cast(Bus, FakeBus()), nothing, nothing, nothing)
+        self.revocations = Revocations()
+        authenticator: Any = SimpleNamespace(revocations=self.revocations)
+        bus = cast(Bus, FakeBus())
+        self.sockets = Sockets(Settings(), nothing, authenticator, bus, nothing, nothing, nothing, nothing)
 
     def agent(self, sub: str, seq: int) -> Client:
         """A socket of this agent, whose snapshot of the order ends at `seq`."""
@@ -711,6 +715,24 @@ async def test_an_agent_is_not_shut_out_by_what_was_before_its_snapshot() -> Non
     watch.sockets.rooms.hear(KEY, [assigned(2, "a1"), assigned(3, "a2"), assigned(4, "a2")])
     assert [name for name, _ in old.read()] == ["subscriptionClosed"]
     assert [(name, payload["seq"]) for name, payload in new.read()] == [("deliveryAgentAssigned", 4)]
+
+
+async def test_who_is_revoked_hears_nothing_from_that_step_on() -> None:
+    """Not even what came in the same piece from Redis, before the session could be ended."""
+    watch = Watch()
+    goes, stays = watch.agent("a1", 2), watch.agent("c1", 2)
+    stays.connection.actor = Actor(sub="c1", role=Role.CUSTOMER, exp=2e9)
+    for client in (goes, stays):
+        watch.sockets.engine.connections[client.name] = client.connection
+    goes.connection.actor = Actor(sub="a1", role=Role.AGENT, exp=2e9, jti="lost")
+    watch.revocations.add("jti", "lost", 1e9)
+    watch.sockets.end_revoked()
+    watch.sockets.rooms.hear(KEY, [assigned(3, "a1")])
+    assert goes.read() == [("subscriptionClosed", {"orderId": KEY, "code": "revoked"})]
+    assert [name for name, _ in stays.read()] == ["deliveryAgentAssigned"]
+    watch.sockets.end_revoked()
+    await asyncio.gather(*watch.sockets._goodbyes)
+    assert goes.read() == [("disconnected", {"code": "revoked"})], "once"
 
 
 events = st.lists(

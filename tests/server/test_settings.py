@@ -132,6 +132,7 @@ def test_production_says_everything_that_is_missing_at_once() -> None:
         ({"SUBSCRIBE_TIMEOUT_MS": "2500"}, "REDIS_TIMEOUT_MS + DB_TIMEOUT_MS must be less than SUBSCRIBE_TIMEOUT_MS"),
         ({"RELAY_GRACE_MS": "5000"}, "RELAY_GRACE_MS must be less than GAP_CHECK_INTERVAL_S"),
         ({"DRAIN_TIMEOUT_S": "2"}, "DB_TIMEOUT_MS must be less than DRAIN_TIMEOUT_S"),
+        ({"DRAIN_SPREAD_MS": "13000"}, "DRAIN_SPREAD_MS + DB_TIMEOUT_MS must be less than DRAIN_TIMEOUT_S"),
         ({"FRAME_MAX_BYTES": "262145"}, "FRAME_MAX_BYTES must not be more than BODY_MAX_BYTES"),
         ({"IDEMPOTENCY_KEEP_S": "604799"}, "IDEMPOTENCY_KEEP_S must be 604800"),
         ({"LINK_TTL_MAX_S": "60"}, "LINK_TTL_S must not be more than LINK_TTL_MAX_S"),

@@ -19,7 +19,7 @@ from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy import Text, literal_column, select, tuple_
 
 from handlers.context import Row, Tx
-from handlers.ports import Positions
+from handlers.ports import Closing
 from models.address import Address, Billing, Contact
 from models.base import Id, Later, LongText, Reason, Reference, ShortText, Strict, View, rfc3339
 from models.errors import Conflict, Invalid, NotFound
@@ -520,16 +520,20 @@ with assigned as (
 select o.*, {LINES} from assigned o"""
 
 
-async def before_assign(tx: Tx, actor: Actor, order_id: str, cmd: Assign, positions: Positions) -> None:
-    """Close the positions of the present assignment, before the transaction that replaces it.
+async def before_assign(tx: Tx, actor: Actor, order_id: str, cmd: Assign) -> Closing | None:
+    """What the door closes before the transaction of `assign`: the positions of the assignment that it replaces.
 
     Whoever sees the new agent in the order's events has seen the last position of the old one.
+
+    Raises:
+        What `assign` raises.
     """
     require_role(actor, BACK_OFFICE, "assign agents")
     order = await _read(tx, actor, order_id)
     order.check_assignable()
     if order.agent is not None and order.agent.id != cmd.agent_id:
-        await positions.close(order_id, order.seq)
+        return Closing(order_id, order.seq)
+    return None
 
 
 async def assign(tx: Tx, actor: Actor, order_id: str, cmd: Assign) -> Order:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+
+class Closing(NamedTuple):
+    """Of this order, the positions of this assignment and of earlier ones are not to be shown any more."""
+
+    order_id: str
+    assignment: int
 
 
 class Positions(Protocol):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from handlers.context import Tx
-from handlers.ports import Positions
+from handlers.ports import Closing, Positions
 from models.errors import Conflict, IdempotencyMismatch, Invalid, Malformed, NotFound
 from models.inbox import KEY_CHARACTERS_MAX
 from models.user import Actor
@@ -32,14 +32,13 @@ _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\[(\.\.\.)\]")
 class Verb(NamedTuple):
     """A verb of ring 2 as the doors call it: `run(tx, actor, *args)`.
 
-    `before(tx, actor, *args, positions)` runs outside the transaction, for what must happen on the network first; it
-    may refuse.
+    `before(tx, actor, *args)` says which positions are closed before the transaction begins; it may refuse.
     """
 
     name: str
     run: Callable[..., Awaitable[Any]]
     status: int = 200
-    before: Callable[..., Awaitable[None]] | None = None
+    before: Callable[..., Awaitable[Closing | None]] | None = None
 
 
 class Answer(NamedTuple):
@@ -115,9 +114,12 @@ class Doors:
         return Answer(verb.status, msgspec.json.encode(result) if result is not None else b"")
 
     async def _before(self, verb: Verb, actor: Actor, *args: object) -> None:
-        if verb.before is not None:
-            async with self.database.statement() as tx:
-                await verb.before(tx, actor, *args, self._positions)
+        if verb.before is None:
+            return
+        async with self.database.statement() as tx:
+            closing = await verb.before(tx, actor, *args)
+        if closing is not None:  # the connection was given back: nobody else waits while Redis does not answer
+            await self._positions.close(*closing)
 
     async def _perform_once(self, verb: Verb, actor: Actor, key: str, *args: object) -> Answer:
         if not _KEY.fullmatch(key):

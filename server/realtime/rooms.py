@@ -362,7 +362,9 @@ class Rooms(Generic[EntryT]):
         The last lost message has no successor to reveal it: only looking finds it.
         """
         while True:
-            interval_s = self._gap_check_s if self._bus.up else self._fallback_poll_s
+            # `_check_all` still stands when the last look failed: a hole does not wait for the clock then
+            well = self._bus.up and not self._check_all
+            interval_s = self._gap_check_s if well else self._fallback_poll_s
             try:
                 async with asyncio.timeout(interval_s):
                     await self._wake.wait()
@@ -376,7 +378,7 @@ class Rooms(Generic[EntryT]):
                 for start in range(0, len(keys), TOPS_MAX):
                     await self._catch_up(keys[start : start + TOPS_MAX])
             except Unavailable:
-                self._check_all = True  # Postgres is away: at the next interval again
+                self._check_all = True  # Postgres is away
             except Exception:
                 log.exception("catch_up_failed")
                 self._check_all = True

@@ -71,16 +71,6 @@ def placing(**changes: Any) -> orders.Place:
     return command(orders.Place, **{k: v for k, v in {**ORDER, **changes}.items() if v is not None})
 
 
-class Positions:
-    """The positions lane, as far as `assign` needs it."""
-
-    def __init__(self) -> None:
-        self.closed: list[tuple[str, int]] = []
-
-    async def close(self, order_id: str, assignment: int) -> None:
-        self.closed.append((order_id, assignment))
-
-
 class Desk:
     """Runs verbs, one transaction each, and writes down what they tell."""
 

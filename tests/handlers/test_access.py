@@ -12,7 +12,7 @@ from handlers import links, orders, tracking, users
 from models.errors import Refused
 from models.order import Order
 from models.user import Actor, Role, Scope
-from tests.handlers.desk import AGENT, CUSTOMER, SERVICE, Desk, Positions, Verb, command, guest, placing
+from tests.handlers.desk import AGENT, CUSTOMER, SERVICE, Desk, Verb, command, guest, placing
 from tests.handlers.test_replay import verbs
 from tests.models.making import actor
 
@@ -67,7 +67,7 @@ ON_AN_ORDER = [
     ),
     Call(
         orders.before_assign,
-        lambda desk, by, key: desk.do(orders.before_assign, by, key, command(orders.Assign, agentId="a9"), Positions()),
+        lambda desk, by, key: desk.do(orders.before_assign, by, key, command(orders.Assign, agentId="a9")),
         "S X V",
     ),
     Call(

@@ -12,6 +12,7 @@ import pytest
 
 import handlers
 from handlers import links, orders, tracking, users
+from handlers.ports import Closing
 from models.event import Type
 from models.order import MOVES, Fulfilment, Order, Status
 from models.user import Actor, Role, Scope
@@ -23,7 +24,6 @@ from tests.handlers.desk import (
     STAFF,
     WAY,
     Desk,
-    Positions,
     Verb,
     command,
     guest,
@@ -222,25 +222,26 @@ async def assigned_reassigned_and_unassigned(desk: Desk) -> None:
 @story(orders.before_assign)
 async def positions_are_closed_before_the_agent_changes(desk: Desk) -> None:
     order = await desk.place()
-    positions = Positions()
 
-    async def prepare(agent_id: str | None) -> list[tuple[str, int]]:
-        positions.closed.clear()
+    async def prepare(agent_id: str | None) -> Closing | None:
         before = await desk.tables()
         async with replay(desk) as told:
-            await desk.do(orders.before_assign, SERVICE, order.id, command(orders.Assign, agentId=agent_id), positions)
+            closing: Closing | None = await desk.do(
+                orders.before_assign, SERVICE, order.id, command(orders.Assign, agentId=agent_id)
+            )
         assert told == {}
         assert await desk.tables() == before
-        return positions.closed
+        return closing
 
-    assert await prepare("a1") == []
+    assert await prepare("a1") is None
     at = await desk.assign(order.id, "a1")
-    assert await prepare("a1") == []
+    assert await prepare("a1") is None
     for next_agent in ("a2", None):
-        ((closed, number),) = await prepare(next_agent)
+        closing = await prepare(next_agent)
+        assert closing is not None
         (row,) = await desk.fetch("select assignment from orders")
-        assert closed == order.id
-        assert row["assignment"] <= number <= at.seq, "it closes the present assignment, and not the next"
+        assert closing.order_id == order.id
+        assert row["assignment"] <= closing.assignment <= at.seq, "it closes the present assignment, and not the next"
 
 
 # what only reads

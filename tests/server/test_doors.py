@@ -52,10 +52,12 @@ class Published:
 
 
 class Positions:
-    def __init__(self) -> None:
+    def __init__(self, database: Database) -> None:
         self.closed: list[tuple[str, int]] = []
+        self._database = database
 
     async def close(self, order_id: str, assignment: int) -> None:
+        assert self._database.connections()["busy"] == 0, "a connection waits for Redis"
         self.closed.append((order_id, assignment))
 
 
@@ -63,7 +65,7 @@ class House:
     """The doors of one instance, and the rows behind them."""
 
     def __init__(self, database: Database) -> None:
-        self.database, self.published, self.positions = database, Published(), Positions()
+        self.database, self.published, self.positions = database, Published(), Positions(database)
         self.doors = Doors(database, cast(Outbox, self.published), self.positions)
 
     async def perform(self, verb: Verb, *args: object, key: str | None = None, by: Actor = SHOP) -> Answer:

@@ -450,7 +450,8 @@ async def test_all_rooms_are_looked_at_when_the_bus_came_back() -> None:
 
 @pytest.mark.parametrize("fault", [Unavailable("away"), ZeroDivisionError()], ids=lambda fault: type(fault).__name__)
 async def test_a_look_that_fails_is_taken_again(fault: Exception) -> None:
-    house, client, other = House(gap_check_s=0.01), Client("s1"), Client("s2")
+    """Soon, not at the next gap check: the bus is well."""
+    house, client, other = House(poll_s=0.01), Client("s1"), Client("s2")
     house.subscribe(client)
     house.fault = fault
     async with house.running():

@@ -52,7 +52,9 @@ ROWS = (
     Row("connect", "kernel_kib", "buffers in the kernel per idle connection, KiB"),
     Row("bystander", "core_percent", "CPU of the instance where nobody watches, % of a core", Bound(2)),
     Row("reconnect", "rejoin_s", "until the last socket is back and caught up, s", Bound(20)),
+    Row("reconnect", "rejoin_p50_s", "until half of them are, s"),
     Row("reconnect", "rejoin_cpu_us", "server CPU per socket, µs"),
+    Row("reconnect", "changes_refused", "status changes refused meanwhile, and asked for again"),
     Row("disconnect", "blocked_ms", "longest that the server answered nobody, ms", Bound(50)),
     Row("disconnect", "release_cpu_us", "server CPU per socket, µs"),
     Row("status", "event_p50_ms", "p50 from POST to watcher, ms"),
@@ -104,7 +106,7 @@ def known(names: Sequence[str]) -> list[str]:
 
 
 def _values(figures: Sequence[Figures] | None, row: Row) -> list[float]:
-    return [one[row.figure] for one in figures or ()]
+    return [one[row.figure] for one in figures or () if row.figure in one]
 
 
 def _shown(values: Sequence[float]) -> str:

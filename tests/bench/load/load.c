@@ -35,7 +35,7 @@ static const uint64_t SECOND = 1000000000u;
 typedef struct {
   char id[64];
   unsigned watchers, moves, steps;
-  bool moving;
+  bool moving, unsure;  // `unsure`: a move was not confirmed, and may have been made all the same
 } Order;
 
 typedef struct {
@@ -492,11 +492,18 @@ static void place_one(Poster *poster) {
   send_request(poster, "/api/v1/orders", place_body);
 }
 
+// The order's next turn: the same move again, unless this one was made.
+static void end_move(Order *order, bool made) {
+  order->moving = false;
+  order->unsure = !made;
+  if (made) order->moves++;
+}
+
 static void lose_poster(Poster *poster, const char *why) {
   if (poster->busy) {
     counts.refused++;
     note_why("a POST was not answered: %s", why);
-    if (!place_body) orders[poster->order].moving = false;
+    if (!place_body) end_move(&orders[poster->order], false);
   }
   poster->connected = poster->busy = false;
   close_link(&poster->link);
@@ -521,18 +528,16 @@ static void read_poster(Poster *poster) {
   poster->busy = false;
   histogram_add(&answering, now() - poster->due);
   bool good = strncmp(read_buffer, "HTTP/1.1 2", 10) == 0;
-  if (good) {
+  // After a move that was made without our knowledge its repeat is no legal one.
+  bool made = !place_body && orders[poster->order].unsure && strncmp(read_buffer, "HTTP/1.1 409", 12) == 0;
+  if (good || made) {
     counts.answered++;
   } else {
     counts.refused++;
     note_why("a POST was answered %.12s %.160s", read_buffer, body + 4);
   }
-  if (!place_body) {
-    orders[poster->order].moving = false;
-    if (good) orders[poster->order].moves++;
-  } else if (posting) {
-    place_one(poster);
-  }
+  if (!place_body) end_move(&orders[poster->order], good || made);
+  else if (posting) place_one(poster);
 }
 
 static void on_poster(Poster *poster, uint32_t events) {

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     scale = smoke(args.seconds or 1) if args.quick else Scale(seconds=args.seconds or 8)
     names = report.known(args.scenarios)
     try:
-        kernel.raise_file_limit(max(scale.crowd_sockets, scale.storm_sockets) + FILES_BESIDE_SOCKETS)
+        kernel.raise_file_limit(max(SCENARIOS[name].sockets(scale) for name in names) + FILES_BESIDE_SOCKETS)
         rounds, failures = asyncio.run(_measure(names, scale, args.rounds, peers=not args.no_peers))
     except (CannotStart, RunFailed, OSError) as problem:
         print(f"bench: {problem}", file=sys.stderr)

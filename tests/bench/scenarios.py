@@ -232,16 +232,18 @@ class Scenario:
     run: Callable[[Ground, str, Scale], Awaitable[Figures]]
     who: tuple[str, ...]
     """Who can do it, in the order of their turns."""
+    sockets: Callable[[Scale], int] = lambda scale: scale.fleet_orders * (scale.fleet_watchers + 1)
+    """About how many are open at once."""
 
 
 ROOMS = (WAYBILL, NODE, STOCK)
 SCENARIOS = {
-    "hot": Scenario(hot, ROOMS),
+    "hot": Scenario(hot, ROOMS, lambda scale: scale.hot_watchers),
     "fleet": Scenario(fleet, ROOMS),
-    "connect": Scenario(connect, ROOMS),
+    "connect": Scenario(connect, ROOMS, lambda scale: scale.idle_watchers),
     "bystander": Scenario(bystander, ROOMS),
-    "reconnect": Scenario(reconnect, ROOMS),
-    "disconnect": Scenario(disconnect, ROOMS),
+    "reconnect": Scenario(reconnect, ROOMS, lambda scale: scale.storm_sockets),
+    "disconnect": Scenario(disconnect, ROOMS, lambda scale: scale.crowd_sockets),
     "status": Scenario(status, (WAYBILL,)),
     "place": Scenario(place, (WAYBILL, FASTIFY)),
 }

@@ -82,6 +82,17 @@ async def test_without_a_compiler_it_says_what_is_missing(data: DataServers, tmp
     assert "Traceback" not in said
 
 
+async def test_too_few_open_files_are_named_before_anything_starts() -> None:
+    pipe = asyncio.subprocess.PIPE
+    command = f"ulimit -n 300 && exec {sys.executable} -m tests.bench --quick"
+    process = await asyncio.create_subprocess_exec("bash", "-c", command, cwd=ROOT, stdout=pipe, stderr=pipe)
+    shown, said = await process.communicate()
+    assert (process.returncode, shown) == (2, b"")
+    assert said.decode().splitlines() == [
+        "bench: one process may open 300 files here, and 600 are needed: raise the hard limit (ulimit -Hn)"
+    ]
+
+
 def test_the_table_shows_medians_ratios_and_what_missed_its_bound() -> None:
     ours = [{"cpu_us_per_delivery": cpu, "shown_percent": 97.0, "p99_ms": 1.0} for cpu in (12.0, 10.0, 11.0)]
     node = [{"cpu_us_per_delivery": cpu, "shown_percent": 100.0, "p99_ms": 2.0} for cpu in (20.0, 22.0, 24.0)]

@@ -3,7 +3,7 @@
 //
 // usage: load PLAN      PLAN has one line per order and client; see read_plan()
 //
-// It is told what to do on its standard input, one command a line, and answers each with one line of JSON:
+// It is told what to do on its standard input, one command a line; each is answered with one line of JSON, `state`:
 //   connect IN_FLIGHT [replay]    open all sockets, at most so many at once; `replay` asks for the events since afterSeq
 //   rejoin PORT                   from now on a socket that is lost comes back at once, to this port
 //   push RATE                     every agent pushes so many positions a second; 0 stops
@@ -12,7 +12,7 @@
 //   rest                          no further POSTs
 //   reset                         forget the durations and counts of positions and POSTs
 //   state                         what happened so far
-//   heard FILE                    write down the events of every watcher: one line each, "order seq:type:status …"
+//   heard FILE                    write the events of every watcher to FILE: one line each, "order seq:type:status …"
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -22,7 +22,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -580,8 +579,6 @@ static unsigned posts_open(void) {
 static void print_state(void) {
   unsigned long long tops = 0;
   for (unsigned i = 0; i < sockets_count; i++) tops += sockets[i].last_seq;
-  struct rusage used;
-  getrusage(RUSAGE_SELF, &used);
   printf("{\"sockets\":%u,\"ready\":%llu,\"failed\":%llu,\"lost\":%llu,\"retries\":%llu,\"bad_answers\":%llu,"
          "\"not_understood\":%llu,\"pushed\":%llu,\"blocked\":%llu,\"due\":%llu,\"shown\":%llu,\"old_positions\":%llu,"
          "\"events\":%llu,\"tops\":%llu,\"posted\":%llu,\"answered\":%llu,\"refused\":%llu,\"posts_open\":%u,"
@@ -590,8 +587,7 @@ static void print_state(void) {
          counts.not_understood, counts.pushed, counts.blocked, counts.due, counts.shown, counts.old_positions,
          counts.events, tops, counts.posted, counts.answered, counts.refused, posts_open(),
          (double)counts.last_ready_at / 1e9,
-         (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec) + (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6,
-         counts.why);
+         (double)nanoseconds(CLOCK_PROCESS_CPUTIME_ID) / 1e9, counts.why);
   histogram_print("connecting", &connecting), putchar(',');
   histogram_print("rejoining", &rejoining), putchar(',');
   histogram_print("showing", &showing), putchar(',');

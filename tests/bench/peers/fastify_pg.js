@@ -19,7 +19,9 @@ const TABLES = `
 // A name makes a statement prepared.
 const PLACE = {
   name: "place",
-  text: "INSERT INTO fastify_orders (id, customer, currency, status, total, address) VALUES ($1, $2, $3, 'pending', $4, $5)",
+  text:
+    "INSERT INTO fastify_orders (id, customer, currency, status, total, address) " +
+    "VALUES ($1, $2, $3, 'pending', $4, $5)",
 };
 const ADD_LINE = { name: "line", text: "INSERT INTO fastify_lines VALUES ($1, $2, $3, $4, $5)" };
 const ADD_EVENT = { name: "event", text: "INSERT INTO fastify_events VALUES ($1, 1, 'orderStatusUpdate', $2)" };

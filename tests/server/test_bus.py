@@ -526,6 +526,18 @@ async def test_a_user_of_the_access_list_is_used(private: PrivateRedis) -> None:
         assert await ear.bus.call("ACL", "WHOAMI") == b"way@bill"
 
 
+async def test_a_redis_that_knows_no_hello_is_no_cluster(tmp_path: Path) -> None:
+    """Some proxies and hosted ones do not."""
+    server = PrivateRedis(tmp_path, "--rename-command", "HELLO", "")
+    await server.start()
+    try:
+        async with bus(server.url) as ear:
+            assert await ear.subscribe("a")
+            assert await ear.reaches(["a"]) == [1]
+    finally:
+        server.kill()
+
+
 @pytest.mark.parametrize("path", ["/0", "", "?db=0"])
 async def test_a_unix_socket_is_an_address(private: PrivateRedis, path: str) -> None:
     url = f"unix://{private.socket}{path if path.startswith('?') else ''}"

@@ -233,6 +233,19 @@ async def test_a_slot_that_moves_is_followed_and_told(cluster: RedisCluster) -> 
             assert await one.subscribe(channels[0])
 
 
+@ONLY_7
+async def test_who_subscribes_where_a_slot_was_is_led_to_where_it_is(cluster: RedisCluster) -> None:
+    async with bus(cluster.url) as ear:
+        channel = names(1)[0]
+        source = await cluster.owner(key_slot(channel))
+        target = next(node for node in cluster.nodes[:3] if node is not source)
+        await cluster.move(key_slot(channel), source, target)
+        assert await ear.subscribe(channel)
+        assert await reaches(ear, [channel]) == [1]
+        assert len(ear.changes) > 1
+        assert all(ear.changes), "told to look for gaps, and never away"
+
+
 @BOTH
 async def test_keys_are_found_on_either_side_while_their_slot_moves(cluster: RedisCluster) -> None:
     tag = names(1)[0]

@@ -128,24 +128,20 @@ class Stand:
     folder: Path
 
     @asynccontextmanager
-    async def load(self, *, watchers: int, agents: bool = False, elsewhere: bool = False) -> AsyncIterator[Program]:
-        """Clients for the first server: so many watchers spread over the orders, and an agent for each.
-
-        `elsewhere`: the last order is watched on the second server instead, by one socket, and has no agent.
-        """
+    async def load(self, *, watchers: int, agents: bool = False) -> AsyncIterator[Program]:
+        """Clients for the first server: so many watchers spread over the orders, and an agent for each."""
         tokens = itertools.count()
 
-        def line(role: str, order: int, server: Server = self.servers[0]) -> str:
+        def line(role: str, order: int) -> str:
             kind, sub = ("agent", f"a{order}") if role == "agent" else ("watcher", f"c{order}")
             # A token of its own for each socket, as each phone has: nobody may profit from having seen it before.
             by = token(role, sub, jti=f"bench-{next(tokens)}")
-            return f"{kind} {order} {server.port} {by}"
+            return f"{kind} {order} {self.servers[0].port} {by}"
 
-        count = len(self.orders) - elsewhere
+        count = len(self.orders)
         lines = [f"service {SERVICE}", *(f"order {one}" for one in self.orders)]
         lines += [line("agent", order) for order in range(count if agents else 0)]
         lines += [line("customer", number % count) for number in range(watchers)]
-        lines += [line("customer", count, self.servers[1])] if elsewhere else []
         plan = self.folder / "plan"
         plan.write_text("\n".join(lines) + "\n")
         async with generator.running(self.ground.programs["load"], [str(plan)], self.ground.load_core) as program:

@@ -86,11 +86,11 @@ async def town() -> AsyncIterator[Town]:
     chat.left = []
     server.register_namespace(chat)
 
-    @server.on("connect", namespace="/news")
+    @server.on("connect", namespace="/news")  # type: ignore[untyped-decorator]
     async def welcome(sid: str, environ: dict[str, Any], auth: Any) -> None:
         await server.enter_room(sid, "readers", namespace="/news")
 
-    @server.on("sum", namespace="/news")
+    @server.on("sum", namespace="/news")  # type: ignore[untyped-decorator]
     async def add(sid: str, *numbers: int) -> int:
         return sum(numbers)
 

@@ -16,6 +16,9 @@ log = structlog.get_logger()
 SLICE_S = 0.005
 """How long the loop is kept from everything else."""
 
+LATE_S = 0.1
+"""A turn that is later than this was kept waiting: what it starts has its full time from now."""
+
 
 class Backlog:
     """Small jobs, done in their order, in slices between which everything else has its turn."""
@@ -53,18 +56,19 @@ class Wheel:
         self._slots: dict[int, list[Callable[[], None]]] = {}
         self._due = -math.inf
 
+    def now(self) -> float:
+        """The loop's time; in a turn that came only a little late, when it was due, so that what repeats stays in
+        step."""
+        now = asyncio.get_running_loop().time()
+        return self._due if now - self._due < LATE_S else now
+
     def after(self, seconds: float, act: Callable[[], None]) -> None:
-        """Call `act` when `seconds`, or up to a slot more, have passed. Who sets the next deadline in a turn that came
-        less than a slot late counts from when it was due, so that what repeats stays in step."""
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        if now - self._due < self._slot_s:
-            now = self._due
-        slot = math.ceil(round((now + seconds) / self._slot_s, 3))
+        """Call `act` when `seconds` from `now()`, or up to a slot more, have passed."""
+        slot = math.ceil(round((self.now() + seconds) / self._slot_s, 3))
         acts = self._slots.get(slot)
         if acts is None:
             acts = self._slots[slot] = []
-            loop.call_at(slot * self._slot_s, self._turn, slot)
+            asyncio.get_running_loop().call_at(slot * self._slot_s, self._turn, slot)
         acts.append(act)
 
     def _turn(self, slot: int) -> None:

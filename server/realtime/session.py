@@ -66,9 +66,9 @@ class Session(WebSocket):
     """
 
     __slots__ = (
-        "_awaits_pong",
         "_handler",
         "_latest",
+        "_pong_due",
         "_received",
         "_slow",
         "_user_session",
@@ -89,7 +89,8 @@ class Session(WebSocket):
         self.opening: object | None = None
         """Stands for the one that is being opened."""
         self._user_session: dict[str, Any] | None = None
-        self._awaits_pong = False
+        self._pong_due = 0.0
+        """When a sign of life must have come, by the loop's time; 0: none is awaited."""
         self._slow: asyncio.TimerHandle | None = None
         self._latest: dict[str, Frame] | None = None
         self._received: dict[int, Callable[[], None]] | None = None
@@ -135,12 +136,17 @@ class Session(WebSocket):
 
     def _ping(self) -> None:
         if not self.closing:
-            self._awaits_pong = True
+            self._pong_due = self._handler.wheel.now() + self._handler.ping_timeout_s
             self.write(_PING)
             self._handler.wheel.after(self._handler.ping_timeout_s, self._check_pong)
 
+    def check_alive(self) -> None:
+        """Cut a client that owes a sign of life, even if the wheel has not come round to it."""
+        if self._pong_due and not self.closing and asyncio.get_running_loop().time() >= self._pong_due:
+            self.cut("ping_timeout")
+
     def _check_pong(self) -> None:
-        if self._awaits_pong and not self.closing:
+        if self._pong_due and not self.closing:
             self.cut("ping_timeout")
         else:
             pause_s = self._handler.ping_interval_s - self._handler.ping_timeout_s
@@ -215,7 +221,7 @@ class Session(WebSocket):
     # receiving
 
     def on_text(self, message: str) -> None:
-        self._awaits_pong = False
+        self._pong_due = 0.0
         kind = message[:1]
         if kind == "4":
             if not (message[1:2] == "2" and self.connection is not None and self._event(self.connection, message)):
@@ -226,7 +232,7 @@ class Session(WebSocket):
             self.hang_up()  # 1 is goodbye; everything else is no packet of a client
 
     def on_binary(self, message: bytes) -> None:
-        self._awaits_pong = False
+        self._pong_due = 0.0
         self._handler.on_packet(self, message)
 
     def _event(self, connection: Connection, message: str) -> bool:

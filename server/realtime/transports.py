@@ -138,6 +138,7 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # the library i
             return _refusal(1, SESSION_UNKNOWN)
         if request.method == "GET" and transport == "websocket":
             return self._probe(request, session)
+        session.check_alive()
         polling = session.polling
         if polling is None:
             return _refusal(1, SESSION_UNKNOWN) if session.closing else _refusal(3, "This session has a WebSocket.")

@@ -32,7 +32,7 @@ LIMITS: dict[str, Any] = {
     "slow_bytes": 64 * 1024,
     "queue_max_bytes": 8 * 1024 * 1024,
     "slow_max_s": 15,
-    "slot_s": 0.001,
+    "slot_s": 0.0001,
 }
 CONNECT_TIMEOUT_S = 1.0
 AUTH_AFTER_S = 0.02

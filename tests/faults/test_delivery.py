@@ -507,3 +507,21 @@ async def test_whoever_is_sent_away_by_a_rolling_deploy_misses_nothing(two: Two)
             after.told = known + after.told
             assert await stopping == 0
         await complete(two.b, order_id, [*listeners, after])
+
+
+async def test_a_subscriber_is_told_the_position_that_was_lost_with_the_link(two: Two) -> None:
+    """What the room remembers is no answer any more once the bus was away."""
+    order_id = await placed(two.a)
+    await two.a.assign(order_id, "rider")
+    async with Watcher(two.a, token("agent", "rider")) as rider, listening(order_id, two.b) as (watching, _):
+        first, second = ({"orderId": order_id, **position()} for _ in range(2))
+        assert (await rider.call("updateLocation", first))["ok"]
+        await watching.hears("orderLocationUpdate", **first)
+        assert (await watching.watch(order_id))["location"] == first
+        two.redis_of_b.refuse()
+        two.redis_of_b.cut()
+        await until(lambda: says(two.b, "degraded"), "the loss is noticed")
+        assert (await rider.call("updateLocation", second))["ok"]
+        await two.redis_of_b.heal()
+        await until(lambda: says(two.b, "ok"), "it is back")
+        assert (await watching.watch(order_id))["location"] == second

@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import random
 import uuid
+from typing import Any
 
 import pytest
 
 from handlers import orders, tracking
-from models.errors import Refused
-from models.user import Actor, Scope
-from tests.handlers.desk import CUSTOMER, SERVICE, Desk, guest
+from models.errors import NotFound, Refused
+from models.user import Actor, Role, Scope
+from server.db import Transaction
+from tests.handlers.desk import ADMIN, AGENT, CUSTOMER, SERVICE, STAFF, Desk, command, guest
 from tests.handlers.test_place import pointer
+from tests.models.making import actor
 
 
 async def refused(desk: Desk, by: Actor, order_id: str, after: int | None) -> Refused:
@@ -84,3 +87,87 @@ async def test_an_order_says_the_same_on_every_way_to_it(desk: Desk) -> None:
     listed = await desk.do(orders.list_orders, SERVICE, orders.ListOrders())
     snapshot = await desk.ask(tracking.snapshot, SERVICE, order.id, None)
     assert read == snapshot.order == listed.items[0] == (await desk.orders())[order.id]
+
+
+# many at once
+
+PEOPLE = [
+    SERVICE,
+    STAFF,
+    ADMIN,
+    CUSTOMER,
+    AGENT,
+    actor(Role.CUSTOMER, "c2"),
+    actor(Role.AGENT, "a2"),
+    actor(Role.GUEST, "nobody"),
+]
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_many_are_answered_exactly_as_each_alone(desk: Desk, seed: int) -> None:
+    dice = random.Random(seed)
+    ids = []
+    for _ in range(6):
+        order = await desk.place(customerId=dice.choice(["c1", "c2", None]))
+        ids.append(order.id)
+        await desk.move(order.id, *["confirmed", "preparing", "ready"][: dice.randint(1, 3)])
+        if dice.random() < 0.7:
+            await desk.assign(order.id, dice.choice(["a1", "a2"]), agentName="Asha Rao")
+        if dice.random() < 0.3:
+            await desk.do(orders.cancel, STAFF, order.id, command(orders.Cancel, reason="Late"))
+    people = [
+        *PEOPLE,
+        *(guest(order_id, scope) for order_id in ids for scope in Scope),
+        *(actor(role, sub, orders=frozenset(ids[:2])) for role, sub in ((Role.STAFF, "s2"), (Role.CUSTOMER, "c1"))),
+    ]
+    named = [*ids, str(uuid.uuid4()), "no such order", ids[0].upper(), "{" + ids[0] + "}"]
+    asked = [
+        tracking.Asked(by, order_id, after)
+        for by in people
+        for order_id in named
+        for after in (None, dice.randint(0, 7), dice.randint(0, 7))
+    ]
+    dice.shuffle(asked)
+    for verb in (tracking.permit, tracking.snapshot):
+        together = await desk.do(verb, asked)
+        alone = [(await desk.do(verb, [one]))[0] for one in asked]
+        assert list(map(told, together)) == list(map(told, alone))
+        for one, answer in zip(asked, together, strict=True):
+            seen = await readable(desk, one)
+            if not seen:
+                assert told(answer) == ("not_found", "There is no such order.", {}), one
+            elif isinstance(answer, tracking.Snapshot):
+                timeline = await desk.timeline(one.order_id, by=one.actor)
+                assert answer.order == await desk.do(orders.read, one.actor, one.order_id)
+                assert list(answer.events) == ([] if one.after is None else list(timeline[one.after :]))
+
+
+async def readable(desk: Desk, one: tracking.Asked) -> bool:
+    """Whether the actor may read the order by the other door."""
+    try:
+        await desk.do(orders.read, one.actor, one.order_id)
+    except NotFound:
+        return False
+    return True
+
+
+def told(answer: object) -> object:
+    """What the caller would be told, refusals too, as a value that compares."""
+    return (answer.code, answer.detail, answer.fields) if isinstance(answer, Refused) else answer
+
+
+async def test_many_are_one_statement(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = [await desk.place() for _ in range(3)]
+    asked = [tracking.Asked(by, order.id, 0) for by in (SERVICE, CUSTOMER, AGENT) for order in placed]
+    statements: list[str] = []
+    ask = Transaction.all
+
+    async def noted(self: Transaction, statement: str, *args: object) -> Any:
+        statements.append(statement)
+        return await ask(self, statement, *args)
+
+    monkeypatch.setattr(Transaction, "all", noted)
+    await desk.do(tracking.permit, asked)
+    await desk.do(tracking.snapshot, asked)
+    assert statements == [tracking.PERMIT, tracking.SNAPSHOT]
+    assert await desk.do(tracking.permit, []) == await desk.do(tracking.snapshot, []) == []

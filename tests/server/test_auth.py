@@ -515,6 +515,53 @@ def test_a_revoked_token_is_refused_like_a_bad_one() -> None:
         local(auth, signed(iat=NOW * 1000))
 
 
+# --- signatures that are remembered -----------------------------------------------------------------------------------
+
+
+def test_a_token_that_was_accepted_is_judged_again_each_time() -> None:
+    clock = Clock()
+    auth = Authenticator(settings(), clock)
+    token, other = signed(iat=NOW), signed(iat=NOW, jti="j1", sub="u2")
+    for one in (token, other, token, other):
+        assert local(auth, one).exp == NOW + 60
+    auth.revocations.add("jti", "j1", NOW)
+    with pytest.raises(Unauthenticated, match=NOT_ACCEPTED):
+        local(auth, other)
+    clock.now = NOW + 60
+    with pytest.raises(Unauthenticated, match="expired"):
+        local(auth, token)
+    clock.now = NOW
+    assert local(auth, token).sub == "u1"
+    auth.revocations.add("sub", "u1", NOW)
+    with pytest.raises(Unauthenticated, match=NOT_ACCEPTED):
+        local(auth, token)
+
+
+def test_a_signature_is_verified_once_and_a_refused_one_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    verified: list[str] = []
+    verify = auth_module._signed
+
+    def noted(token: str, *args: Any, **more: Any) -> Any:
+        verified.append(token)
+        return verify(token, *args, **more)
+
+    monkeypatch.setattr(auth_module, "_signed", noted)
+    auth = authenticator(token_cache_max=2)
+    good, bad = [signed(sub=f"u{n}") for n in range(3)], jwt.encode(CLAIMS, SECRET[::-1], "HS256")
+    for token in (good[0], good[0], good[1], good[0], good[1]):
+        local(auth, token)
+    assert verified == good[:2]
+    for _ in range(2):
+        with pytest.raises(Unauthenticated):
+            local(auth, bad)
+    assert verified == [*good[:2], bad, bad]
+    local(auth, good[2])  # one too many: the oldest is forgotten
+    verified.clear()
+    for token in (good[1], good[2], good[0]):
+        local(auth, token)
+    assert verified == [good[0]]
+
+
 # --- the Authorization header -----------------------------------------------------------------------------------------
 
 

@@ -568,10 +568,9 @@ class Sockets:
         (refusal,) = await self._locations.accept(connection.actor, payload.order_id, [payload], connection.id)
         if refusal is not None:
             raise refusal
-        self._acknowledge(connection, number, "updateLocation", "ok", self._location_answer())
-
-    def _location_answer(self) -> bytes:
-        return msgspec.json.encode(LocationTaken(True, self._settings.location_next_interval_ms))
+        pause_ms = self._locations.next_interval_ms(connection.actor.sub, payload.order_id)
+        answer = msgspec.json.encode(LocationTaken(True, pause_ms))
+        self._acknowledge(connection, number, "updateLocation", "ok", answer)
 
     async def update_status(self, connection: Connection, payload: UpdateOrderStatus, number: int | None) -> None:
         key = None if isinstance(payload.idempotency_key, UnsetType) else payload.idempotency_key

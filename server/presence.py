@@ -12,7 +12,8 @@ import secrets
 from collections.abc import Callable, Iterable
 
 from models.errors import Unavailable
-from server.realtime.bus import Bus, BusAway
+from server.realtime.bus import Bus
+from server.realtime.link import BusAway
 
 BATCH_MAX = 250
 """Most counts that are written before others get a turn."""

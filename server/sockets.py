@@ -405,7 +405,8 @@ class Sockets:
         that asks faster than it is answered is read no further until an answer is out."""
         wait_s = self._limits.pace(connection.id)
         if wait_s:
-            self._read_later(connection, wait_s)
+            connection.wire.hold(TOO_FAST)
+            asyncio.get_running_loop().call_later(wait_s, connection.wire.resume, TOO_FAST)
         handler = EVENTS.get(name)
         counts = handler is None or handler.run is not Sockets.update_location  # positions are thinned, never refused
         try:
@@ -440,25 +441,12 @@ class Sockets:
 
         def done(task: asyncio.Task[None]) -> None:
             connection.calls.discard(task)
-            if len(connection.calls) < calls_max:
+            if len(connection.calls) == calls_max - 1:
                 connection.wire.resume()
             if connection.last_calls.get(order_id) is task:
                 del connection.last_calls[order_id]
 
         task.add_done_callback(done)
-
-    def _read_later(self, connection: Connection, wait_s: float) -> None:
-        """Read nothing more of this connection for so long. The pause is one of its calls: a session that polls waits
-        for those."""
-        connection.wire.hold(TOO_FAST)
-        pause = asyncio.create_task(asyncio.sleep(wait_s))
-        connection.calls.add(pause)
-
-        def over(pause: asyncio.Task[None]) -> None:
-            connection.calls.discard(pause)
-            connection.wire.resume(TOO_FAST)
-
-        pause.add_done_callback(over)
 
     async def _call(
         self,

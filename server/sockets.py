@@ -395,8 +395,9 @@ class Sockets:
         go on as before."""
         self._draining = True
         self.engine.end_unconnected()
-        connections = list(self.engine.connections.values())
-        await send_away(connections, self._settings.drain_batch_max, self._settings.drain_spread_ms)
+        while connections := [one for one in self.engine.connections.values() if not one.gone]:
+            # more than once: some were just being connected
+            await send_away(connections, self._settings.drain_batch_max, self._settings.drain_spread_ms)
 
     # what clients send
 

@@ -17,8 +17,9 @@ from handlers.context import Row, Tx
 from handlers.orders import LINES, order_uuid
 from models.errors import Forbidden, Invalid, NotFound, OrderClosed, Refused
 from models.event import Event, event
-from models.order import LOCATABLE, Order, TrackedOrder, from_row, may_see
-from models.user import Actor, Role
+from models.order import LOCATABLE, Order, TrackedOrder, from_row, may_see, require_role
+from models.position import Place
+from models.user import BACK_OFFICE, Actor, Role
 
 
 class Asked(NamedTuple):
@@ -49,6 +50,18 @@ def _permitted(one: Asked, row: Row | None) -> int | Refused:
     if one.after is not None and one.after > top:
         return Invalid(f"The order's events end at {top}.", "/afterSeq")
     return top
+
+
+async def permit_count(tx: Tx, actor: Actor, order_id: str) -> None:
+    """Let the actor know how many watch this order.
+
+    Raises:
+        Forbidden: neither the shop nor an agent. NotFound: the actor may not see the order, or there is none.
+    """
+    require_role(actor, BACK_OFFICE | {Role.AGENT}, "see how many watch")
+    (found,) = await permit(tx, [Asked(actor, order_id, None)])
+    if isinstance(found, Refused):
+        raise found
 
 
 SNAPSHOT = f"""
@@ -111,11 +124,23 @@ def _ids(order_ids: Iterable[str]) -> list[uuid.UUID]:
     return found
 
 
-LOCATE = "select o.status, o.assignment from orders o where o.id = $1 and o.agent_id = $2"
+LOCATE = "select o.status, o.assignment, o.delivery_address from orders o where o.id = $1 and o.agent_id = $2"
 
 
-async def assignment(tx: Tx, actor: Actor, order_id: str) -> int:
-    """The number of the actor's assignment to this order, under which its positions may be shown.
+class Assigned(NamedTuple):
+    """An agent's assignment: its number, and where the order goes, if the address says so in degrees."""
+
+    number: int
+    destination: Place | None
+
+
+class _Address(msgspec.Struct):
+    lat: float | None = None
+    lng: float | None = None
+
+
+async def assignment(tx: Tx, actor: Actor, order_id: str) -> Assigned:
+    """The actor's assignment to this order, under whose number its positions may be shown.
 
     Raises:
         Forbidden: not an agent. NotFound: not this order's agent. OrderClosed: no positions flow any more.
@@ -129,8 +154,8 @@ async def assignment(tx: Tx, actor: Actor, order_id: str) -> int:
         raise NotFound("There is no such order.")
     if row["status"] not in LOCATABLE:
         raise OrderClosed(f"The order is {row['status']}; its positions are not shown any more.")
-    number: int = row["assignment"]
-    return number
+    to = msgspec.json.decode(row["delivery_address"] or "{}", type=_Address)
+    return Assigned(row["assignment"], Place(to.lat, to.lng) if to.lat is not None and to.lng is not None else None)
 
 
 MISSED = """

@@ -57,11 +57,18 @@ class Position(msgspec.Struct, kw_only=True):
     battery: Annotated[float, Meta(ge=0, le=100)] | None = None
 
 
+class Place(msgspec.Struct, frozen=True):
+    """Where something is, in degrees."""
+
+    lat: float
+    lng: float
+
+
 EARTH_RADIUS_M = 6_371_000.0
 
 
-def distance_m(a: Position, b: Position) -> float:
-    """Metres between two positions on a sphere (haversine); half a percent off at worst, which no rule here minds."""
+def distance_m(a: Position | Place, b: Position | Place) -> float:
+    """Metres between two places on a sphere (haversine); half a percent off at worst, which no rule here minds."""
     lat_a, lat_b = math.radians(a.lat), math.radians(b.lat)
     half_lat, half_lng = (lat_b - lat_a) / 2, math.radians(b.lng - a.lng) / 2
     chord = math.sin(half_lat) ** 2 + math.cos(lat_a) * math.cos(lat_b) * math.sin(half_lng) ** 2
@@ -77,6 +84,25 @@ class Limits(msgspec.Struct, frozen=True):
     speed_max_mps: float
     jump_slack_m: float
     jump_confirm_ms: float
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """How often an agent is asked for its position: where it pays, and not where nobody looks."""
+
+    normal_ms: int
+    near_ms: int
+    unwatched_ms: int
+    near_m: float
+    """Distance to the destination from which on those who wait look at every metre."""
+
+    def next_interval_ms(self, watched: bool | None, left_m: float | None) -> int:
+        """The pause before the next position. `watched`: whether somebody does; None: not known. `left_m`: distance to
+        the destination; None: not known."""
+        if watched is False:
+            return self.unwatched_ms
+        if watched and left_m is not None and left_m <= self.near_m:
+            return self.near_ms
+        return self.normal_ms
 
 
 class Track(msgspec.Struct):

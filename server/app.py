@@ -25,6 +25,7 @@ from server.limits import SPEND, Limits
 from server.locations import Locations
 from server.outbox import CONTROL, Outbox, order_channel
 from server.pages import Pages
+from server.presence import Presence
 from server.realtime.bus import Bus
 from server.realtime.positions import SHOW, PositionLane
 from server.rest import Rest, add_routes, edge
@@ -137,6 +138,14 @@ class Process:
             self.limits,
             lambda: self.revocations.read(),
         )
+        self.presence = Presence(
+            self.bus,
+            flush_s=settings.presence_flush_ms / 1000,
+            alive_s=settings.presence_alive_s,
+            count=self.sockets.rooms.members,
+            watched=self.sockets.rooms.watched,
+        )
+        self.sockets.rooms.on_members = self.presence.changed
         self.rest = Rest(
             settings,
             doors,
@@ -144,6 +153,7 @@ class Process:
             self.sockets,
             self.locations,
             self.limits,
+            self.presence,
             lambda revoked: self.revocations.tell(revoked),
             lambda: self.health.revocations.is_set(),
         )
@@ -154,7 +164,7 @@ class Process:
             grace_ms=settings.relay_grace_ms,
             batch_max=settings.relay_batch_max,
         )
-        self.health = Health(settings, self.database, self.bus, lambda: len(self.sockets.rooms))
+        self.health = Health(settings, self.database, self.bus, self.sockets.rooms)
         self.health.loops_running = self._loops_running
         self._tasks: list[asyncio.Task[None]] = []
         self._runner: web.AppRunner | None = None
@@ -185,6 +195,7 @@ class Process:
         if self._serves:
             self._loop("rooms", self.sockets.rooms.run())
             self._loop("tokens", self.sockets.watch_tokens())
+            self._loop("presence", self.presence.run())
             self._loop("trail", self.trail.run())
         if self._works:
             self._loop("relay", self._when_schema_is_there(self.relay.run))
@@ -206,6 +217,7 @@ class Process:
                         await self.sockets.engine.eio.empty.wait()
                 if self._runner is not None:
                     await self._runner.cleanup()
+                self.presence.close()
                 with contextlib.suppress(Exception):
                     await self.bus.answered()  # so that what was published is marked
                 await self.outbox.flush()
@@ -265,6 +277,7 @@ class Process:
             self.sockets.rooms.check_all()
         self.locations.forget_all()
         self.revocations.bus_changed()
+        self.presence.bus_changed()
 
     def _on_bus_believed(self) -> None:
         """The bus is back, and it is known who may hear what it brings."""

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import Callable
+from typing import Any
 
 from aiohttp import hdrs, web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -15,6 +16,7 @@ from server import metrics
 from server.auth import bearer
 from server.db import Database
 from server.realtime.bus import Bus
+from server.realtime.rooms import Rooms
 from server.rest import answer
 from server.settings import Settings
 
@@ -33,11 +35,11 @@ async def watch_loop_lag() -> None:
 class Health:
     """The answers of /health/live, /health/ready and /metrics."""
 
-    def __init__(self, settings: Settings, database: Database, bus: Bus, watched_orders: Callable[[], int]) -> None:
+    def __init__(self, settings: Settings, database: Database, bus: Bus, rooms: Rooms[Any]) -> None:
         self._settings = settings
         self._database = database
         self._bus = bus
-        self._watched_orders = watched_orders
+        self._rooms = rooms
         self.schema = asyncio.Event()
         """Set once the schema is at this version or newer."""
         self.revocations = asyncio.Event()
@@ -83,5 +85,6 @@ class Health:
         for state, count in self._database.connections().items():
             metrics.db_connections.labels(state).set(count)
         metrics.db_pool_size.set(self._settings.db_pool_size)
-        metrics.watched_orders.set(self._watched_orders())
+        metrics.watched_orders.set(len(self._rooms))
+        metrics.watchers.set(sum(self._rooms.members(key) for key in self._rooms.watched()))
         return web.Response(body=generate_latest(), headers={hdrs.CONTENT_TYPE: CONTENT_TYPE_LATEST})

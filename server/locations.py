@@ -16,7 +16,7 @@ import msgspec
 
 from handlers import tracking
 from models.errors import Refused, Unavailable
-from models.position import Limits, Position, Track, shown
+from models.position import Limits, Pace, Place, Position, Track, distance_m, shown
 from models.user import Actor, Role
 from server import metrics
 from server.db import Database
@@ -35,11 +35,24 @@ _decode_position = msgspec.json.Decoder(Position).decode
 class _Assignment:
     """An agent's current assignment to an order, and the positions that it was judged by here."""
 
-    __slots__ = ("number", "track")
+    __slots__ = ("destination", "number", "track", "watched")
 
-    def __init__(self, number: int, newest: Position | None) -> None:
+    def __init__(self, number: int, destination: Place | None, newest: Position | None) -> None:
         self.number = number
+        self.destination = destination
         self.track = Track(newest)
+        self.watched: bool | None = None
+        """Whether somebody heard the last position that was shown; None: not known yet."""
+
+    def learn(self, reply: object) -> None:
+        """From the reply of SHOW: how many instances listened, which costs nobody a question."""
+        if isinstance(reply, int) and reply >= 0:
+            self.watched = reply > 0
+
+    def left_m(self) -> float | None:
+        """Distance to the destination."""
+        newest = self.track.newest
+        return distance_m(newest, self.destination) if newest is not None and self.destination is not None else None
 
 
 class _Refusal:
@@ -70,6 +83,12 @@ class Locations:
             jump_slack_m=settings.location_jump_slack_m,
             jump_confirm_ms=settings.location_jump_confirm_ms,
         )
+        self._pace = Pace(
+            normal_ms=settings.location_next_interval_ms,
+            near_ms=settings.location_next_interval_near_ms,
+            unwatched_ms=settings.location_next_interval_unwatched_ms,
+            near_m=settings.location_near_m,
+        )
         self._known: OrderedDict[Key, _Assignment | _Refusal] = OrderedDict()
 
     def accept_at_once(self, actor: Actor, order_id: str, position: Position, origin: str) -> bool:
@@ -86,6 +105,7 @@ class Locations:
             def answer(reply: object) -> None:
                 if reply == CLOSED:
                     self.forget(actor.sub, order_id)
+                assignment.learn(reply)
 
             self._show(order_id, assignment.number, position, origin, answer)
         return True
@@ -110,11 +130,21 @@ class Locations:
                     newest = positions[index]
             except Refused as refusal:
                 refused[index] = refusal
-        if newest is not None and await self._shown(order_id, assignment.number, newest, origin) == CLOSED:
-            self.forget(actor.sub, order_id)
-            assignment = await self._find(actor, order_id)
-            await self._shown(order_id, assignment.number, newest, origin)
+        if newest is not None:
+            reply = await self._shown(order_id, assignment.number, newest, origin)
+            if reply == CLOSED:
+                self.forget(actor.sub, order_id)
+                assignment = await self._find(actor, order_id)
+                reply = await self._shown(order_id, assignment.number, newest, origin)
+            assignment.learn(reply)
         return refused
+
+    def next_interval_ms(self, agent_id: str, order_id: str) -> int:
+        """The pause that this agent is asked to keep before its next position of the order."""
+        known = self._known.get((agent_id, order_id))
+        if not isinstance(known, _Assignment):
+            return self._pace.normal_ms
+        return self._pace.next_interval_ms(known.watched, known.left_m())
 
     def forget(self, agent_id: str, order_id: str) -> None:
         self._known.pop((agent_id, order_id), None)
@@ -138,7 +168,7 @@ class Locations:
         """Ask the database who is assigned, and Redis where the agent was last."""
         try:
             async with self._database.statement() as tx:
-                number = await tracking.assignment(tx, actor, order_id)
+                number, destination = await tracking.assignment(tx, actor, order_id)
         except Unavailable:
             raise
         except Refused as refusal:
@@ -151,7 +181,7 @@ class Locations:
         except BusAway:
             last = None
         newest = _decode_position(last.payload) if last is not None and last.assignment == number else None
-        assignment = _Assignment(number, newest)
+        assignment = _Assignment(number, destination, newest)
         self._remember((actor.sub, order_id), assignment)
         return assignment
 

@@ -17,6 +17,7 @@ drained = Counter("waybill_drained_total", "Sockets that were sent elsewhere bec
 connections_open = Gauge("waybill_connections_open", "Open connections of any kind, idle ones too.")
 connections_max = Gauge("waybill_connections_max", "How many of them this process takes; 0: no limit.")
 watched_orders = Gauge("waybill_watched_orders", "Orders that somebody watches on this process.")
+watchers = Gauge("waybill_watchers", "How many subscriptions to them the sockets of this process have.")
 revocations_overdue = Counter(
     "waybill_revocations_overdue_total", "How often the bus was believed although revocations could not be read."
 )

@@ -17,7 +17,7 @@ from aiohttp import hdrs, web
 from msgspec import Meta
 from msgspec import inspect as info
 
-from handlers import links, orders, users
+from handlers import links, orders, tracking, users
 from handlers.context import Tx
 from models.base import Time, UuidText, rfc3339
 from models.errors import (
@@ -44,6 +44,7 @@ from server.doors import Answer, Doors, Verb, convert, decode
 from server.edges import CALLER
 from server.limits import Limits
 from server.locations import Locations
+from server.presence import Presence
 from server.settings import Settings
 from server.snapshots import ToldEvent, listed
 from server.sockets import CHANGE_STATUS, NextInterval, Sockets
@@ -74,6 +75,7 @@ class Rest:
         sockets: Sockets,
         locations: Locations,
         limits: Limits,
+        presence: Presence,
         on_revoked: Callable[[users.Revoked], None],
         takes_requests: Callable[[], bool],
     ) -> None:
@@ -83,6 +85,7 @@ class Rest:
         self._sockets = sockets
         self._locations = locations
         self._limits = limits
+        self._presence = presence
         self._on_revoked = on_revoked
         self._takes_requests = takes_requests
         self.public_url = settings.public_url
@@ -142,7 +145,13 @@ class Rest:
             raise TooLarge(f"One request takes {self._settings.location_batch_max} positions at most.")
         judged = await self._locations.accept(call.actor, call.order_id, found, "-")
         refused = [RefusedPosition(index, refusal.code) for index, refusal in enumerate(judged) if refusal is not None]
-        return answer(Located(len(found) - len(refused), refused, self._settings.location_next_interval_ms))
+        pause_ms = self._locations.next_interval_ms(call.actor.sub, call.order_id)
+        return answer(Located(len(found) - len(refused), refused, pause_ms))
+
+    async def watchers(self, call: Call) -> web.Response:
+        async with self._doors.database.statement() as tx:
+            await tracking.permit_count(tx, call.actor, call.order_id)
+        return answer(Watchers(await self._presence.watchers(call.order_id)))
 
     # links and tokens
 
@@ -270,6 +279,10 @@ class PositionBatch(msgspec.Struct):
     positions: Annotated[list[Position], Meta(min_length=1)]
 
 
+class Watchers(msgspec.Struct):
+    watchers: Annotated[int, Meta(description="sockets that watch the order, on all instances; a second old at most")]
+
+
 class RefusedPosition(msgspec.Struct):
     index: Annotated[int, Meta(description="place in the batch, from 0")]
     code: Annotated[str, Meta(description="stale, future, inaccurate or jump")]
@@ -384,6 +397,16 @@ ROUTES = [
         (Forbidden, NotFound, OrderClosed),
         body=Position | PositionBatch,
         keyless=True,
+    ),
+    Route(
+        "GET",
+        "/orders/{order_id}/watchers",
+        Rest.watchers,
+        "How many sockets watch it now",
+        None,
+        Watchers,
+        200,
+        (Forbidden, NotFound),
     ),
     Route(
         "POST",

@@ -202,8 +202,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     location_next_interval_ms: Annotated[
         Milliseconds, Meta(description="pause that agents are asked to keep between positions")
     ] = 5000
+    location_next_interval_near_ms: Annotated[
+        Milliseconds, Meta(description="the same while somebody watches and the destination is near")
+    ] = 2000
+    location_next_interval_unwatched_ms: Annotated[
+        Milliseconds, Meta(description="the same while nobody watches; whoever comes waits for so long at most")
+    ] = 15_000
+    location_near_m: Annotated[
+        Annotated[int, Meta(ge=1, le=1_000_000)], Meta(description="distance from which on a destination is near")
+    ] = 500
     location_keep_s: Annotated[Seconds, Meta(description="how long the last known position is kept")] = 24 * 3600
     location_batch_max: Annotated[Count, Meta(description="most positions of one request")] = 100
+    presence_flush_ms: Annotated[
+        Milliseconds, Meta(description="how often changed counts of watchers are written, in one batch")
+    ] = 1000
+    presence_alive_s: Annotated[
+        Seconds, Meta(description="how long the counts of an instance that says nothing more are believed")
+    ] = 15
     assignment_cache_max: Annotated[Count, Meta(description="most (agent, order) answers that a process remembers")] = (
         50_000
     )
@@ -416,6 +431,15 @@ def _check_relations(s: Settings) -> None:
         (
             s.rate_limit_wait_ms < s.subscribe_timeout_ms,
             "RATE_LIMIT_WAIT_MS must be less than SUBSCRIBE_TIMEOUT_MS",
+        ),
+        (
+            s.location_next_interval_near_ms <= s.location_next_interval_ms <= s.location_next_interval_unwatched_ms,
+            "LOCATION_NEXT_INTERVAL_MS must be between LOCATION_NEXT_INTERVAL_NEAR_MS and "
+            "LOCATION_NEXT_INTERVAL_UNWATCHED_MS",
+        ),
+        (
+            3 * s.presence_flush_ms <= s.presence_alive_s * 1000,
+            "PRESENCE_ALIVE_S must be three times PRESENCE_FLUSH_MS or more, or the counts of a living instance vanish",
         ),
         (s.slow_bytes < s.queue_max_bytes, "SLOW_BYTES must be less than QUEUE_MAX_BYTES"),
         (

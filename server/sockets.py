@@ -395,8 +395,9 @@ class Sockets:
         go on as before."""
         self._draining = True
         self.engine.end_unconnected()
-        connections = list(self.engine.connections.values())
-        await send_away(connections, self._settings.drain_batch_max, self._settings.drain_spread_ms)
+        while connections := [one for one in self.engine.connections.values() if not one.gone]:
+            # more than once: some were just being connected
+            await send_away(connections, self._settings.drain_batch_max, self._settings.drain_spread_ms)
 
     # what clients send
 
@@ -405,7 +406,8 @@ class Sockets:
         that asks faster than it is answered is read no further until an answer is out."""
         wait_s = self._limits.pace(connection.id)
         if wait_s:
-            self._read_later(connection, wait_s)
+            connection.wire.hold(TOO_FAST)
+            asyncio.get_running_loop().call_later(wait_s, connection.wire.resume, TOO_FAST)
         handler = EVENTS.get(name)
         counts = handler is None or handler.run is not Sockets.update_location  # positions are thinned, never refused
         try:
@@ -440,25 +442,12 @@ class Sockets:
 
         def done(task: asyncio.Task[None]) -> None:
             connection.calls.discard(task)
-            if len(connection.calls) < calls_max:
+            if len(connection.calls) == calls_max - 1:
                 connection.wire.resume()
             if connection.last_calls.get(order_id) is task:
                 del connection.last_calls[order_id]
 
         task.add_done_callback(done)
-
-    def _read_later(self, connection: Connection, wait_s: float) -> None:
-        """Read nothing more of this connection for so long. The pause is one of its calls: a session that polls waits
-        for those."""
-        connection.wire.hold(TOO_FAST)
-        pause = asyncio.create_task(asyncio.sleep(wait_s))
-        connection.calls.add(pause)
-
-        def over(pause: asyncio.Task[None]) -> None:
-            connection.calls.discard(pause)
-            connection.wire.resume(TOO_FAST)
-
-        pause.add_done_callback(over)
 
     async def _call(
         self,
@@ -568,10 +557,9 @@ class Sockets:
         (refusal,) = await self._locations.accept(connection.actor, payload.order_id, [payload], connection.id)
         if refusal is not None:
             raise refusal
-        self._acknowledge(connection, number, "updateLocation", "ok", self._location_answer())
-
-    def _location_answer(self) -> bytes:
-        return msgspec.json.encode(LocationTaken(True, self._settings.location_next_interval_ms))
+        pause_ms = self._locations.next_interval_ms(connection.actor.sub, payload.order_id)
+        answer = msgspec.json.encode(LocationTaken(True, pause_ms))
+        self._acknowledge(connection, number, "updateLocation", "ok", answer)
 
     async def update_status(self, connection: Connection, payload: UpdateOrderStatus, number: int | None) -> None:
         key = None if isinstance(payload.idempotency_key, UnsetType) else payload.idempotency_key

@@ -16,7 +16,7 @@ from server.realtime.link import BusAway
 OLDER, CLOSED = -1, -2
 """Replies of SHOW: a newer position is known; the assignment has ended. Otherwise: how many instances heard of it."""
 
-HELD = 0
+HELD = -3
 """Reply of a position that thinning holds back, or that a newer one replaced while it waited."""
 
 CLOSING_MS = 10_000

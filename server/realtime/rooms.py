@@ -170,12 +170,23 @@ class Rooms(Generic[EntryT]):
         self.bus_changes = 0
         """How often the bus was lost or came back."""
         self.closing = False
+        self.on_members: Callable[[str], None] | None = None
+        """Called with the key of a room whose members have come or gone."""
 
     def __len__(self) -> int:
         return len(self._rooms)
 
     def get(self, key: str) -> Room[EntryT] | None:
         return self._rooms.get(key)
+
+    def members(self, key: str) -> int:
+        """How many connections are in this room."""
+        room = self._rooms.get(key)
+        return len(room.members) if room is not None else 0
+
+    def watched(self) -> list[str]:
+        """The keys of all rooms with a member."""
+        return [key for key, room in self._rooms.items() if room.members]
 
     # joining and leaving
 
@@ -186,6 +197,7 @@ class Rooms(Generic[EntryT]):
         if member is None:
             member = room.members[connection.id] = Member(connection, view)
             connection.keys.add(key)
+            self._members_changed(key)
         member.pending = True
         return room, member
 
@@ -224,7 +236,12 @@ class Rooms(Generic[EntryT]):
             return
         if member.owed is not None and member.mark < member.owed[0]:
             connection.send(member.owed[1])
+        self._members_changed(key)
         self._close_if_empty(room)
+
+    def _members_changed(self, key: str) -> None:
+        if self.on_members is not None:
+            self.on_members(key)
 
     def member(self, connection: Connection, key: str) -> Member | None:
         room = self._rooms.get(key)

@@ -101,6 +101,7 @@ POST /orders/{order_id}/status                f  f  f  f  f   o  o  n  n  n   o 
 POST /orders/{order_id}/assign                f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
 POST /orders/{order_id}/cancel                o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   f  u
 POST /orders/{order_id}/location              f  f  f  f  f   o  o  n  n  n   f  f  f  f  f  f  f  f   f  f   f  u
+GET /orders/{order_id}/watchers               f  f  f  f  f   o  o  n  n  n   o  n  o  n  o  n  f  f   f  f   f  u
 POST /orders/{order_id}/tracking-link         o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
 DELETE /orders/{order_id}/links/{link_id}     o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
 POST /links/follow                            o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o  o

@@ -51,6 +51,7 @@ ON_AN_ORDER = [
     Call(orders.read, lambda desk, by, key: desk.do(orders.read, by, key), "C A Gt Gp S X V"),
     Call(orders.events, lambda desk, by, key: desk.do(orders.events, by, key), "C A Gt Gp S X V"),
     Call(tracking.permit, lambda desk, by, key: desk.ask(tracking.permit, by, key, None), "C A Gt Gp S X V"),
+    Call(tracking.permit_count, lambda desk, by, key: desk.do(tracking.permit_count, by, key), "A S X V"),
     Call(tracking.snapshot, lambda desk, by, key: desk.ask(tracking.snapshot, by, key, 0), "C A Gt Gp S X V"),
     Call(tracking.assignment, lambda desk, by, key: desk.do(tracking.assignment, by, key), "A"),
     Call(
@@ -251,7 +252,7 @@ async def test_positions_flow_from_assignment_until_a_final_status(desk: Desk) -
     assert (await desk.refused(tracking.assignment, AGENT, order.id)).code == NOT_FOUND
     at = await desk.assign(order.id, "a1")
     for status in ("confirmed", "preparing", "ready", "out_for_delivery", "delivery_failed", "out_for_delivery"):
-        assert await desk.do(tracking.assignment, AGENT, order.id) == at.seq
+        assert (await desk.do(tracking.assignment, AGENT, order.id)).number == at.seq
         assert (await desk.ask(tracking.snapshot, CUSTOMER, order.id, None)).assignment == at.seq
         await desk.move(order.id, status)
     for status in ("delivered", "return_requested", "returned"):

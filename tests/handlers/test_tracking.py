@@ -11,6 +11,7 @@ import pytest
 
 from handlers import orders, tracking
 from models.errors import NotFound, Refused
+from models.position import Place
 from models.user import Actor, Role, Scope
 from server.db import Transaction
 from tests.handlers.desk import ADMIN, AGENT, CUSTOMER, SERVICE, STAFF, Desk, command, guest
@@ -48,6 +49,19 @@ async def test_a_number_above_the_top_is_invalid(desk: Desk) -> None:
     for by, after in itertools.product((CUSTOMER, guest(order.id, Scope.TRACK)), (2, 3, 2**31 - 1)):
         assert pointer(await desk.refused(orders.events, by, order.id, after)) == "/after"
         assert pointer(await refused(desk, by, order.id, after)) == "/afterSeq"
+
+
+async def test_an_assignment_says_where_the_order_goes_if_the_address_does(desk: Desk) -> None:
+    line = {"line1": "12 MG Road", "city": "Bengaluru", "country": "IN"}
+    for address, place in (
+        ({**line, "lat": 12.97, "lng": 77.59}, Place(12.97, 77.59)),
+        ({**line, "lat": 0, "lng": 0}, Place(0, 0)),
+        ({**line, "lat": 12.97}, None),
+        (line, None),
+    ):
+        order = await desk.place(deliveryAddress=address)
+        at = await desk.assign(order.id, "a1")
+        assert await desk.do(tracking.assignment, AGENT, order.id) == (at.seq, place)
 
 
 async def test_a_stranger_does_not_learn_where_the_top_is(desk: Desk) -> None:

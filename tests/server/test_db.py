@@ -480,7 +480,7 @@ async def test_verbs_work_through_pgbouncer_however_many_at_once(bounced_url: st
         assert (await do(orders.assign, SHOP, order.id, agent)).agent.id == f"a{number}"
         timeline = await do(orders.events, SHOP, order.id, 2)
         assert ([event.seq for event in timeline.events], timeline.seq) == ([3, 4, 5], 5)
-        assert await do(tracking.assignment, Actor(sub=f"a{number}", role=Role.AGENT, exp=2e9), order.id) == 5
+        assert await do(tracking.assignment, Actor(sub=f"a{number}", role=Role.AGENT, exp=2e9), order.id) == (5, None)
         async with database.statement() as tx:
             (snapshot,) = await tracking.snapshot(tx, [tracking.Asked(SHOP, order.id, 0)])
         assert isinstance(snapshot, tracking.Snapshot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import given
@@ -46,7 +47,7 @@ class Client:
 
     def resume(self, why: int = 1) -> None: ...
 
-    def when_received(self, callback: Any) -> None: ...
+    def when_received(self, callback: Callable[[], None]) -> None: ...
 
     def hang_up(self) -> None:
         self._story.append(("left", self._name, None))

@@ -133,6 +133,12 @@ def test_production_says_everything_that_is_missing_at_once() -> None:
         ({"RELAY_GRACE_MS": "5000"}, "RELAY_GRACE_MS must be less than GAP_CHECK_INTERVAL_S"),
         ({"DRAIN_TIMEOUT_S": "2"}, "DB_TIMEOUT_MS must be less than DRAIN_TIMEOUT_S"),
         ({"DRAIN_SPREAD_MS": "13000"}, "DRAIN_SPREAD_MS + DB_TIMEOUT_MS must be less than DRAIN_TIMEOUT_S"),
+        (
+            {"LOCATION_NEXT_INTERVAL_MS": "1000"},
+            "LOCATION_NEXT_INTERVAL_MS must be between LOCATION_NEXT_INTERVAL_NEAR_MS",
+        ),
+        ({"LOCATION_NEXT_INTERVAL_UNWATCHED_MS": "4000"}, "LOCATION_NEXT_INTERVAL_MS must be between"),
+        ({"PRESENCE_ALIVE_S": "2"}, "PRESENCE_ALIVE_S must be three times PRESENCE_FLUSH_MS"),
         ({"FRAME_MAX_BYTES": "262145"}, "FRAME_MAX_BYTES must not be more than BODY_MAX_BYTES"),
         ({"IDEMPOTENCY_KEEP_S": "604799"}, "IDEMPOTENCY_KEEP_S must be 604800"),
         ({"LINK_TTL_MAX_S": "60"}, "LINK_TTL_S must not be more than LINK_TTL_MAX_S"),

@@ -27,6 +27,7 @@ class Recorded(Engine):
 
     def __init__(self) -> None:
         self.seen: list[str] = []
+        self.names: dict[str, str] = {}
         self.gate = asyncio.Event()
         self.gate.set()
         self.refusal: Exception | None = None
@@ -52,7 +53,7 @@ class Recorded(Engine):
         await self.gate.wait()
         if self.refusal is not None:
             raise self.refusal
-        connection.offsets = auth["name"]
+        self.names[connection.id] = auth["name"]
 
         def then() -> None:
             self.seen.append(f"then {auth['name']}")
@@ -62,7 +63,7 @@ class Recorded(Engine):
 
     def _close_recorded(self, connection: Connection) -> None:
         assert connection.gone
-        self.seen.append(f"closes {connection.offsets}")
+        self.seen.append(f"closes {self.names[connection.id]}")
         self.at_close()
 
 

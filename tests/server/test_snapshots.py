@@ -16,7 +16,7 @@ from models.event import Event
 from models.user import Actor, Scope
 from server.db import Database
 from server.doors import Doors
-from server.realtime.bus import BusAway
+from server.realtime.link import BusAway
 from server.realtime.positions import Known, PositionLane
 from server.realtime.rooms import Room, Rooms
 from server.snapshots import Picture, Snapshots

@@ -42,6 +42,11 @@ rates_not_counted = Counter(
     "waybill_rates_not_counted_total", "Let through uncounted, because Redis was away, late or in error.", ["why"]
 )
 coalesced = Counter("waybill_coalesced_total", "Positions that were replaced by a newer one for a slow reader.")
+event_delivery_seconds = Histogram(
+    "waybill_event_delivery_seconds",
+    "From when an order event was recorded to when its watchers here get it.",
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
 recoveries = Counter(
     "waybill_recoveries_total", "Clients that came back with a session: recovered, or why it was lost.", ["outcome"]
 )

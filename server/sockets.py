@@ -628,6 +628,7 @@ class Sockets:
 
     def _on_entry(self, room: Room[Event], event: Event) -> None:
         """An event is about to be delivered: close what it ends."""
+        metrics.event_delivery_seconds.observe(time.time() - dt.datetime.fromisoformat(event.at).timestamp())
         if event.type == Type.ASSIGNED:
             agent = event.data["agent"]
             room.learn_epoch(event.seq if agent else 0, event.seq)

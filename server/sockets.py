@@ -484,10 +484,7 @@ class Sockets:
     async def subscribe(self, connection: Connection, payload: Subscribe, number: int | None) -> None:
         key = payload.order_id
         after = None if isinstance(payload.after_seq, UnsetType) else payload.after_seq
-        if key not in connection.keys and self._settings.rate_limits == "on":
-            if len(connection.keys) >= self._settings.subscriptions_per_socket_max:
-                most = self._settings.subscriptions_per_socket_max
-                raise RateLimited(f"One socket watches {most} orders at most.", retry_after_ms=1000)
+        self._check_subscriptions(connection, key)
         try:
             async with asyncio.timeout(self._settings.subscribe_timeout_ms / 1000):
                 one = await self._enter(connection, key, after, asked=True)
@@ -513,6 +510,12 @@ class Sockets:
         self.rooms.settle(room, one.member, picture.seq, picture.epoch)
         self._snapshots.keep(room, picture)
 
+    def _check_subscriptions(self, connection: Connection, key: str) -> None:
+        """Raises RateLimited: the socket may watch no order besides those that it does."""
+        most = self._settings.subscriptions_per_socket_max
+        if self._settings.rate_limits == "on" and key not in connection.keys and len(connection.keys) >= most:
+            raise RateLimited(f"One socket watches {most} orders at most.", retry_after_ms=1000)
+
     async def _enter(self, connection: Connection, key: str, after: int | None, *, asked: bool = False) -> _Entered:
         """Permit, join, then read, in that order. `asked`: by the client, which will be told.
 
@@ -522,6 +525,8 @@ class Sockets:
         while True:
             actor = connection.actor
             permitted = await self._snapshots.permit(actor, key, after)
+            if asked:
+                self._check_subscriptions(connection, key)  # again: others of its calls have joined meanwhile
             room, member = self.rooms.join(connection, key, view_of(actor))
             if asked and connection.recoverable is not None:
                 await connection.recoverable.joining(key)

@@ -121,10 +121,10 @@ async def test_the_second_needs_its_permit_only(house: House) -> None:
 async def test_what_the_bus_has_lost_is_found_by_the_next_permit(house: House) -> None:
     await house.subscribe()
     await house.desk.move(house.order_id, "confirmed")
+    house.room.image = None
     answer = await house.subscribe(after=1)
     assert (answer["seq"], answer["order"]["status"], len(answer["events"])) == (2, "confirmed", 1)
-    assert house.room.image is not None
-    assert house.room.image.seq == house.room.top == 1, "a picture that is ahead of the room is not kept"
+    assert (house.room.top, house.room.image) == (1, None), "a picture that is ahead of the room is not kept"
 
 
 async def test_a_permit_that_is_older_than_the_room_is_judged_again(house: House) -> None:
@@ -161,7 +161,8 @@ async def test_each_view_is_kept_once_and_never_given_to_the_other(house: House)
 
 async def test_a_guest_s_events_are_not_kept_for_the_others(house: House) -> None:
     await house.subscribe(guest_of(house.order_id, Scope.TRACK), 0)
-    assert "actor" in (await house.subscribe(CUSTOMER, 0))["events"][0]["data"]
+    for _ in range(2):  # from the table, then from memory
+        assert "actor" in (await house.subscribe(CUSTOMER, 0))["events"][0]["data"]
 
 
 # the last position
@@ -222,6 +223,9 @@ async def test_a_position_of_an_earlier_assignment_is_not_told(house: House) -> 
 async def test_those_who_come_at_once_ask_redis_once(house: House) -> None:
     epoch = (await house.desk.assign(house.order_id, "a1")).seq
     house.lane.last = known(epoch, 5)
+    await house.subscribe()
+    house.rooms.check_all()  # so that only the position is missing
+    house.lane.asked = 0
     house.lane.answers.clear()
     gone, *staying = [asyncio.create_task(house.subscribe()) for _ in range(5)]
     await until(lambda: house.lane.asked, "Redis is asked")

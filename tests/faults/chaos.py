@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -163,6 +164,8 @@ async def play(
         await _caught_up(here, {order_id: len(await here.table(order_id)) for order_id in orders})
     except AssertionError as error:
         outcome.problems.append(str(error))
+    except Exception as error:  # of a move, or of a fault that could not do its work
+        outcome.problems.append("".join(traceback.format_exception(error)))
     for task in running:
         if task.done() and task.exception() is not None:
             outcome.problems.append(f"{task.get_name()!r} broke: {task.exception()!r}")
@@ -292,7 +295,9 @@ async def main(arguments: Sequence[str]) -> int:
     print(f"{len(outcomes)} runs, {sum(outcome.events for outcome in outcomes)} events, {len(failed)} runs failed.")
     print(f"Worst catch-up: {worst.catch_up_s:.2f} s of at most {CATCH_UP_S:.1f}, in {worst.plan}")
     for outcome in failed:
-        print(f"Replay: scripts/chaos {str(outcome.plan).partition(':')[0]}{' --brief' * asked.brief}")
+        print(
+            f"Replay: scripts/chaos {str(outcome.plan).partition(':')[0]}{' --brief' * asked.brief} --instances {asked.instances}"
+        )
     return 1 if failed else 0
 
 

@@ -3,6 +3,7 @@ another order. And the harness that says so can say the opposite."""
 
 from __future__ import annotations
 
+import datetime as dt
 import random
 import secrets
 import shutil
@@ -16,9 +17,12 @@ from tests.faults.chaos import Outcome, Plan, every_case, plan, play, watchers_o
 from tests.faults.faults import FAULTS
 from tests.faults.model import difference
 from tests.faults.proxy import Jumbler
-from tests.faults.watchers import SocketWatcher, Watcher
-from tests.faults.world import World, world
+from tests.faults.test_delivery import metric
+from tests.faults.watchers import SocketWatcher
+from tests.faults.watchers import Watcher as AnyWatcher
+from tests.faults.world import SHOP, World, world
 from tests.flows.official import Node
+from tests.harness import ORDER, SOON_S, Watcher
 
 SEED = secrets.randbelow(1_000_000)
 PAIRS = random.Random(SEED).sample(every_case(alone=False), 6)
@@ -89,13 +93,36 @@ class _Deaf(SocketWatcher):
 
 @pytest.mark.parametrize("how", ["lost", "repeated", "swapped"])
 async def test_a_watcher_that_was_tampered_with_is_found_out(here: World, how: str) -> None:
-    def watching(of: World, orders: Sequence[str], rng: random.Random) -> list[Watcher]:
+    def watching(of: World, orders: Sequence[str], rng: random.Random) -> list[AnyWatcher]:
         tampered = _Deaf(how, "tampered", of.urls[:1], watchers_of(of, orders, rng)[0]._token, orders, rng)
         return [watchers_of(of, orders, rng)[0], tampered]
 
     outcome = await play(here, Plan(SEED, (), moves_go_on=True), watching)
     assert len(outcome.problems) == 1, outcome
     assert outcome.problems[0].startswith("'tampered': at place "), outcome
+
+
+async def test_a_clock_that_jumps_is_the_one_the_instance_looks_at(here: World) -> None:
+    place = here.places[0]
+    assert place.instance is not None
+    for wrong_s in (86_400.0, -86_400.0):
+        place.jump(wrong_s)
+        made = await place.instance.post("/orders", ORDER, by=SHOP)
+        made_at = dt.datetime.fromisoformat(made.body["createdAt"])
+        place.jump(0.0)
+        assert abs((made_at - dt.datetime.now(dt.UTC)).total_seconds() - wrong_s) < SOON_S
+
+
+async def test_a_redis_that_drops_its_subscribers_is_lost_for_the_instances(here: World) -> None:
+    order_id = await here.place(random.Random(SEED))
+    place = here.places[0]
+    assert place.instance is not None
+    async with Watcher(place.instance, SHOP) as watcher:
+        await watcher.watch(order_id)
+        before = await metric(place.instance, "waybill_bus_losses_total ")
+        await FAULTS["redis_drops_subscribers"].inject(here, random.Random(SEED), 0.5)
+        assert await metric(place.instance, "waybill_bus_losses_total ") > before
+    await here.well()
 
 
 @pytest.mark.parametrize(

@@ -295,9 +295,8 @@ async def main(arguments: Sequence[str]) -> int:
     print(f"{len(outcomes)} runs, {sum(outcome.events for outcome in outcomes)} events, {len(failed)} runs failed.")
     print(f"Worst catch-up: {worst.catch_up_s:.2f} s of at most {CATCH_UP_S:.1f}, in {worst.plan}")
     for outcome in failed:
-        print(
-            f"Replay: scripts/chaos {str(outcome.plan).partition(':')[0]}{' --brief' * asked.brief} --instances {asked.instances}"
-        )
+        which = str(outcome.plan).partition(":")[0]
+        print(f"Replay: scripts/chaos {which} --instances {asked.instances}{' --brief' * asked.brief}")
     return 1 if failed else 0
 
 

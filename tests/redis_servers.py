@@ -62,6 +62,10 @@ class PrivateRedis:
 
         await until(listens, "Redis listens")
 
+    @property
+    def running(self) -> bool:
+        return self._process is not None
+
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
         self._process.send_signal(number)

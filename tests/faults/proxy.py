@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -21,11 +22,17 @@ class Way:
         self._moving = asyncio.Event()
         self._moving.set()
         self._edit: Callable[[bytes], bytes] | None = None
+        self._late_s = 0.0
 
     def move(self) -> None:
         """Pass everything on; what a freeze held back goes first."""
         self._edit = None
+        self._late_s = 0.0
         self._moving.set()
+
+    def slow(self, late_s: float) -> None:
+        """Pass each piece on so much later than the one before."""
+        self._late_s = late_s
 
     def freeze(self) -> None:
         """Pass nothing on, lose nothing, close nothing."""
@@ -42,6 +49,8 @@ class Way:
 
     async def through(self, chunk: bytes) -> bytes:
         await self._moving.wait()
+        if self._late_s:
+            await asyncio.sleep(self._late_s)
         return self._edit(chunk) if self._edit is not None else chunk
 
 
@@ -197,3 +206,39 @@ class Dropper:
                 kept += chunk[position:end]
             position = end
         return kept + chunk[position:]
+
+
+class Jumbler:
+    """An edit for what a Redis says: some messages of order channels come twice, some come after their successors, some
+    twice and late. Held ones that nothing follows are lost: no successor reveals them."""
+
+    def __init__(self, rng: random.Random, lose: float = 0.0) -> None:
+        self._rng = rng
+        self._lose = lose
+        """Share of messages that are lost instead."""
+        self._held: list[bytes] = []
+        self.struck = 0
+
+    def __call__(self, chunk: bytes) -> bytes:
+        passed, position = b"", 0
+        while found := _MESSAGE.search(chunk, position):
+            end = found.end() + int(found[2]) + 2
+            if end > len(chunk):
+                break  # the rest of it comes with the next piece
+            passed += chunk[position : found.start()]
+            message, position = chunk[found.start() : end], end
+            passed += self._jumbled(message) if found[1].startswith(b"waybill:order:") else message
+        return passed + chunk[position:]
+
+    def _jumbled(self, message: bytes) -> bytes:
+        due, self._held = self._held, []
+        self._rng.shuffle(due)
+        if self._rng.random() < self._lose:
+            self.struck += 1
+            return b"".join(due)
+        fate = self._rng.choice(["whole", "twice", "late", "twice and late"])
+        self.struck += fate != "whole"
+        if "late" in fate:
+            self._held.append(message)
+        now = {"whole": 1, "twice": 2, "late": 0, "twice and late": 1}[fate]
+        return message * now + b"".join(due)

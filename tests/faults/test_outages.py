@@ -52,13 +52,16 @@ class RestartablePostgres:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._running = AsyncExitStack()
+        self.running = False
         self.url = ""
 
     async def start(self) -> None:
         servers = data_servers(self._folder, None, "redis://somewhere.invalid", lambda sentence: None)
         self.url = (await self._running.enter_async_context(servers)).database_url
+        self.running = True
 
     async def stop(self) -> None:
+        self.running = False
         await self._running.aclose()
 
 

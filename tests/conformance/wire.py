@@ -135,8 +135,10 @@ async def serving(server: EngineServer | Engine, path: str = "/socket.io/") -> A
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     engine = server.eio if isinstance(server, Engine) else server
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
-        yield Door(f"http://127.0.0.1:{runner.addresses[0][1]}{path}", http)
-    for session in list(engine.sockets.values()):
-        session.abort()
-    await runner.cleanup()
+    try:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+            yield Door(f"http://127.0.0.1:{runner.addresses[0][1]}{path}", http)
+    finally:
+        for session in list(engine.sockets.values()):
+            session.abort()
+        await runner.cleanup()

@@ -22,6 +22,9 @@ HELD = -3
 CLOSING_MS = 10_000
 """Life of a close whose transaction may still fail: longer than any transaction, short enough to heal by itself."""
 
+GATHER_S = 0.003
+"""How long positions are gathered after one has gone to Redis, so that those of many agents leave in one write."""
+
 SHOW = Script(
     """
 local number, ts = tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -65,6 +68,8 @@ class PositionLane:
         self._min_interval_s = min_interval_s
         self._keep_s = keep_s
         self._slots: dict[str, _Slot] = {}
+        self._gathered: list[tuple[tuple[str | bytes | int | float, ...], Callable[[object], None]]] | None = None
+        """What leaves next; None: nothing has left for a while, so the next one leaves at once."""
 
     def show(
         self, key: str, assignment: int, ts: float, payload: bytes, origin: str, answer: Callable[[object], None]
@@ -103,23 +108,36 @@ class PositionLane:
     def _publish(
         self, key: str, assignment: int, ts: float, payload: bytes, origin: str, answer: Callable[[object], None]
     ) -> None:
-        self._bus.send(
-            (
-                "EVALSHA",
-                SHOW.digest,
-                2,
-                _position_key(key),
-                _closed_key(key),
-                assignment,
-                ts,
-                payload,
-                self._keep_s,
-                self._channel_of(key),
-                f"p{assignment} {ts!r} {origin} ",
-                self._bus.publish_command,
-            ),
-            answer,
+        command = (
+            "EVALSHA",
+            SHOW.digest,
+            2,
+            _position_key(key),
+            _closed_key(key),
+            assignment,
+            ts,
+            payload,
+            self._keep_s,
+            self._channel_of(key),
+            f"p{assignment} {ts!r} {origin} ",
+            self._bus.publish_command,
         )
+        if self._gathered is not None:
+            self._gathered.append((command, answer))
+            return
+        self._bus.send(command, answer)
+        self._gather()
+
+    def _gather(self) -> None:
+        self._gathered = []
+        asyncio.get_running_loop().call_later(GATHER_S, self._send_gathered)
+
+    def _send_gathered(self) -> None:
+        gathered, self._gathered = self._gathered, None
+        for command, answer in gathered or ():
+            self._bus.send(command, answer)
+        if gathered:
+            self._gather()
 
     async def known(self, key: str) -> Known | None:
         """The last known position, or None. Raises BusAway."""

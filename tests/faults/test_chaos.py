@@ -58,9 +58,9 @@ async def test_nobody_loses_an_event_or_hears_one_twice_under(here: World, show:
     assert outcome.struck[name], "the fault did not strike"
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
-async def test_nobody_loses_an_event_or_hears_one_twice_under_two(here: World, show: Show, pair: Sequence[str]) -> None:
-    outcome = await play(here, plan(SEED, pair))
+@pytest.mark.parametrize("draw", range(len(PAIRS)))
+async def test_nobody_loses_an_event_or_hears_one_twice_under_two(here: World, show: Show, draw: int) -> None:
+    outcome = await play(here, plan(SEED, PAIRS[draw]))
     show(outcome)
     assert not outcome.problems, f"scripts/chaos --brief --instances 2 {outcome}"
 

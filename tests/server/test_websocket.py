@@ -186,6 +186,18 @@ async def test_however_the_bytes_are_cut(messages: list[bytes], cuts: list[int],
         (masked(TEXT, b"x" * (MAX_BYTES + 1)), 1009),
         (masked(TEXT, b"x" * MAX_BYTES, final=False) + masked(CONTINUATION, b"x"), 1009),
     ],
+    ids=[
+        "unmasked",
+        "a reserved bit",
+        "no opcode",
+        "a long ping",
+        "a ping in pieces",
+        "nothing to go on with",
+        "not gone on with",
+        "no UTF-8",
+        "too long",
+        "too long in pieces",
+    ],
 )
 async def test_a_broken_rule_ends_the_connection_with_its_code(bytes_: bytes, code: int) -> None:
     socket, transport = opened()

@@ -117,7 +117,8 @@ STANDING = web.RequestKey("standing", Standing)
 
 
 class Limits:
-    """Counts requests, events and handshakes. Everything here raises RateLimited and nothing else."""
+    """Counts requests, events and handshakes. Everything here raises RateLimited and nothing else, but for handshakes:
+    those are Unavailable, because clients come back from that by themselves."""
 
     def __init__(self, settings: Settings, bus: Bus, edges: Edges) -> None:
         s = settings

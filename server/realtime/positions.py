@@ -1,4 +1,4 @@
-"""The positions lane: state, not history. Newest wins, an assignment that ended is silent, nothing waits for anything.
+"""The positions lane: state, not history. Newest wins, an assignment that ended is silent, no event waits for one.
 
 Redis holds the last known position of each order and decides, in one script call per position, whether a new one is
 shown: that is where positions of one order that arrive at several instances meet.

@@ -105,9 +105,8 @@ class Locations:
             def answer(reply: object) -> None:
                 if reply == CLOSED:
                     self.forget(actor.sub, order_id)
-                assignment.learn(reply)
 
-            self._show(order_id, assignment.number, position, origin, answer)
+            self._show(order_id, assignment, position, origin, answer)
         return True
 
     async def accept(
@@ -131,12 +130,10 @@ class Locations:
             except Refused as refusal:
                 refused[index] = refusal
         if newest is not None:
-            reply = await self._shown(order_id, assignment.number, newest, origin)
-            if reply == CLOSED:
+            if await self._shown(order_id, assignment, newest, origin) == CLOSED:
                 self.forget(actor.sub, order_id)
                 assignment = await self._find(actor, order_id)
-                reply = await self._shown(order_id, assignment.number, newest, origin)
-            assignment.learn(reply)
+                await self._shown(order_id, assignment, newest, origin)
         return refused
 
     def next_interval_ms(self, agent_id: str, order_id: str) -> int:
@@ -196,14 +193,14 @@ class Locations:
         metrics.positions.labels("newest" if newest else "history").inc()
         return newest
 
-    async def _shown(self, order_id: str, number: int, position: Position, origin: str) -> object:
+    async def _shown(self, order_id: str, assignment: _Assignment, position: Position, origin: str) -> object:
         future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
 
         def answer(reply: object) -> None:
             if not future.done():
                 future.set_result(reply)
 
-        self._show(order_id, number, position, origin, answer)
+        self._show(order_id, assignment, position, origin, answer)
         try:
             async with asyncio.timeout(self._timeout_s):
                 reply = await future
@@ -214,12 +211,22 @@ class Locations:
         return reply
 
     def _show(
-        self, order_id: str, number: int, position: Position, origin: str, answer: Callable[[object], None]
+        self,
+        order_id: str,
+        assignment: _Assignment,
+        position: Position,
+        origin: str,
+        answer: Callable[[object], None],
     ) -> None:
         if not self._bus.up:
             metrics.positions.labels("unavailable").inc()
             raise Unavailable("Positions pause while Redis is away.")
-        self._lane.show(order_id, number, position.ts, shown(order_id, position), origin, answer)
+
+        def learn(reply: object) -> None:
+            assignment.learn(reply)
+            answer(reply)
+
+        self._lane.show(order_id, assignment.number, position.ts, shown(order_id, position), origin, learn)
 
     def _remember(self, key: Key, known: _Assignment | _Refusal) -> None:
         self._known[key] = known

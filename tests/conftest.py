@@ -25,7 +25,9 @@ TEMPLATE = "waybill_template"
 async def data(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[DataServers]:
     """One Postgres and one Redis for the whole run: those that the environment names, else the embedded ones."""
     folder = tmp_path_factory.mktemp("data")
-    for parent in (folder, *folder.parents[:2]):
+    for parent in (folder, *folder.parents):
+        if parent.stat().st_mode & 0o005 == 0o005:
+            break
         parent.chmod(0o755)  # Postgres refuses to run as root and must reach its folder as somebody else
     given = os.environ.get("TEST_DATABASE_URL"), os.environ.get("TEST_REDIS_URL")
     async with data_servers(folder, *given, lambda sentence: None) as servers:

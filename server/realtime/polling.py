@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from models.errors import Malformed
-from server.realtime.websocket import BINARY, CLOSE, PING, TEXT
+from server.realtime.websocket import BINARY, CLOSE, GOING_AWAY, PING, TEXT
 
 if TYPE_CHECKING:
     from server.realtime.session import Probe, Session
 
 SEPARATOR = b"\x1e"
 GOODBYE, NOOP = b"1", b"6"
+_COME_BACK = GOING_AWAY.to_bytes(2)
 
 POLLED = "134"
 """Types of the packets that a client may send in a payload: close, pong, message."""
@@ -124,7 +125,7 @@ class Polling(asyncio.Transport):
             self._session.on_pong(mark)
 
     def _take(self) -> bytes:
-        packets, ends = [], False
+        packets, ends = [], b""
         for opcode, payload in _frames(self._drain()):
             if opcode == TEXT:
                 packets.append(payload)
@@ -133,11 +134,12 @@ class Polling(asyncio.Transport):
             elif opcode == PING:
                 self._unproven.append(payload)
             elif opcode == CLOSE:
-                ends = True
+                ends = payload
         if ends:
+            # With other packets it would make the JavaScript client drop them, and the Python client takes it for good.
+            # Who shall come back is told nothing: its next GET finds no session.
             self.abort()
-            # the official client drops what comes with a goodbye in one answer
-            return SEPARATOR.join(packets) or GOODBYE
+            return SEPARATOR.join(packets) or (NOOP if ends == _COME_BACK else GOODBYE)
         if self._paused:
             self._paused = False
             self._session.resume_writing()

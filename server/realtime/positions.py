@@ -77,7 +77,7 @@ class PositionLane:
         """Show a position to the watchers of `key`, but not to the connection `origin` that it came from.
 
         At most one a `LOCATION_MIN_INTERVAL_MS`: the first at once, of the others the newest when its turn has come.
-        `answer` gets the reply of SHOW, HELD, or BusAway.
+        `answer` gets the reply of SHOW, or BusAway; of a position that waits for its turn HELD first.
         """
         if self._min_interval_s == 0:
             self._publish(key, assignment, ts, payload, origin, answer)
@@ -88,7 +88,7 @@ class PositionLane:
             slot.due = asyncio.get_running_loop().call_later(self._min_interval_s, self._turn, key, slot)
             return
         if slot.newest is None or slot.newest[0] <= (assignment, ts):
-            slot.newest = ((assignment, ts), lambda: self._publish(key, assignment, ts, payload, origin, _ignore))
+            slot.newest = ((assignment, ts), lambda: self._publish(key, assignment, ts, payload, origin, answer))
 
         def held(closed: object) -> None:
             ended = isinstance(closed, bytes) and assignment <= int(closed)
@@ -155,10 +155,6 @@ class PositionLane:
     def closed(self, key: str, assignment: int) -> None:
         """Let no position of this assignment or an earlier one be shown again: it has ended, and that is committed."""
         self._bus.send(("SET", _closed_key(key), assignment, "EX", self._keep_s))
-
-
-def _ignore(reply: object) -> None:
-    """A position that waited for its turn was answered when it came."""
 
 
 def parse(message: bytes) -> tuple[int, float, str, bytes]:

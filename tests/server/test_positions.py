@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from server.realtime.positions import GATHER_S, SHOW, PositionLane
-from tests.harness import until
+from tests.harness import SOON_S, until
 
 
 class RecordedBus:
@@ -79,7 +79,7 @@ async def test_what_comes_after_a_gather_is_gathered_again() -> None:
     shown = Shown()
     shown.show("a", "b")
     shown.heard.clear()
-    await shown.heard.wait()
+    await asyncio.wait_for(shown.heard.wait(), SOON_S)
     assert shown.bus.orders == ["a", "b"]
     shown.show("c")
     assert shown.bus.orders == ["a", "b"], "no write for a single one while positions stream"

@@ -22,6 +22,7 @@ from models.user import BACK_OFFICE, Actor
 from server import metrics
 from server.edges import Edges
 from server.realtime.bus import Bus, Script
+from server.realtime.quota import Quota
 from server.settings import Settings
 
 SPEND = Script(
@@ -49,14 +50,8 @@ What was counted under settings that were stricter is cut to an empty quota of t
 REFUSED_MAX = 10_000
 """Most of those who are over a limit that a process remembers; further ones are judged by Redis each time."""
 
-READ_AGAIN_S = 0.05
-"""Least time for which a socket that sends too fast is read no further: a wake for each event would cost more."""
-
 HANDSHAKE_AGAIN_MS = 1000
 """Least time after which to open a socket again: the process is busy with others."""
-
-ROUNDING_S = 1e-6
-"""What floating point may be off by."""
 
 PAUSE_S = 1.0
 """How long Redis is not asked again after it did not answer in time."""
@@ -79,26 +74,6 @@ class Rate(NamedTuple):
     @property
     def policy(self) -> str:
         return f'"{self.name}";q={self.burst};w={self.window_s}'
-
-
-class Quota:
-    """The same count in memory, for what only one process sees: `burst` at once, then `per_s`."""
-
-    __slots__ = ("_empty_s", "_interval_s", "_whole_at")
-
-    def __init__(self, per_s: int, burst: int) -> None:
-        self._interval_s = 1 / per_s
-        self._empty_s = burst / per_s
-        self._whole_at = 0.0
-
-    def wait_s(self, now: float) -> float:
-        """Time until one more is there; 0: it is."""
-        wait_s = self._whole_at + self._interval_s - now - self._empty_s
-        return wait_s if wait_s > ROUNDING_S else 0.0
-
-    def take(self, now: float) -> None:
-        """Take one, whether it is there or not."""
-        self._whole_at = max(self._whole_at, now) + self._interval_s
 
 
 class Standing(NamedTuple):
@@ -133,7 +108,6 @@ class Limits:
         self._address = Rate("address", s.rate_address_requests_per_min, s.rate_address_burst_max)
         self._handshakes = Rate("handshakes", s.rate_address_handshakes_per_min, s.rate_address_handshakes_burst_max)
         self._per_socket = s.socket_events_per_s_max, s.socket_events_burst_max
-        self._sockets: dict[str, Quota] = {}
         self._all_handshakes = Quota(s.handshakes_per_s_max, s.handshakes_burst_max)
         self._handshakes_open_max = s.handshakes_open_max
         self._refused: dict[str, float] = {}
@@ -208,27 +182,12 @@ class Limits:
         if standing is not None:
             response.headers.update(standing.headers())
 
-    # events
+    # sockets
 
-    def pace(self, socket_id: str) -> float:
-        """Count an event of this socket. Returns for how many seconds it is to be read no further: what comes too fast
-        is not refused, it waits on the sender's side."""
-        if not self._on:
-            return 0.0
-        quota = self._sockets.get(socket_id)
-        if quota is None:
-            quota = self._sockets[socket_id] = Quota(*self._per_socket)
-        now = time.monotonic()
-        quota.take(now)
-        wait_s = quota.wait_s(now)
-        if not wait_s:
-            return 0.0
-        metrics.rate_limited.labels("socket").inc()
-        return max(wait_s, READ_AGAIN_S)
-
-    def forget(self, socket_id: str) -> None:
-        """The socket is closed."""
-        self._sockets.pop(socket_id, None)
+    def socket_quota(self) -> Quota | None:
+        """Of what a new socket may send; None: as much as it likes. What comes too fast is not refused, it waits on
+        the sender's side."""
+        return Quota(*self._per_socket) if self._on else None
 
     async def event(self, actor: Actor) -> None:
         """An event that is about to be carried out."""

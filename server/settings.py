@@ -256,7 +256,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Count, Meta(description="most open sockets of a process that have not sent CONNECT yet")
     ] = 5000
     socket_events_per_s_max: Annotated[
-        Count, Meta(description="events, positions too, that are read from one socket; further ones wait, unread")
+        Count, Meta(description="messages of any kind, pings too, read from one socket; further ones wait, unread")
     ] = 1000
     socket_events_burst_max: Annotated[Count, Meta(description="how many of them may come at once")] = 2000
     rate_limit_wait_ms: Annotated[

@@ -73,9 +73,6 @@ ATTACHMENTS_MAX = 0
 EXPIRY_LOOK_S = 0.5
 """How often it is looked whose token has come to its time."""
 
-TOO_FAST = 8
-"""Why a session is held, besides what the session and the engine hold it for."""
-
 AT_ONCE_MAX = 50
 """Of how many sockets the tokens are seen to before others get a turn: a whole fleet may have tokens of one second."""
 
@@ -207,6 +204,7 @@ class Sockets:
         self.engine = Engine(
             authenticate=self._authenticate,
             caller_of=self._limits.network_of,
+            new_quota=self._limits.socket_quota,
             on_event=self._on_event,
             open_connection=self._open_connection,
             on_close=self._on_close,
@@ -335,7 +333,6 @@ class Sockets:
     def _on_close(self, connection: Connection) -> None:
         metrics.connections.dec()
         self._token_deadlines.drop(connection)
-        self._limits.forget(connection.id)
         self.rooms.leave_all(connection)
         agent = connection.actor.sub
         if connection.actor.role is Role.AGENT:
@@ -404,10 +401,6 @@ class Sockets:
     def _on_event(self, connection: Connection, name: str, args: list[Any], number: int | None) -> None:
         """Read one event and start its work. Positions of a known agent are done at once, the rest in tasks; a client
         that asks faster than it is answered is read no further until an answer is out."""
-        wait_s = self._limits.pace(connection.id)
-        if wait_s:
-            connection.wire.hold(TOO_FAST)
-            asyncio.get_running_loop().call_later(wait_s, connection.wire.resume, TOO_FAST)
         handler = EVENTS.get(name)
         counts = handler is None or handler.run is not Sockets.update_location  # positions are thinned, never refused
         try:

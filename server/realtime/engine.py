@@ -111,6 +111,7 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         self.eio.on_packet = self._on_packet
         self.eio.on_event = on_event
         self.eio.on_ended = self._on_ended
+        self.manager.on_left = self._on_left
         self.manager.initialize()
 
     @property
@@ -132,10 +133,27 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         """A session has begun: whoever stands behind it has until the deadline to say who it is."""
         if self.handlers or self.namespace_handlers:
             self.environ[session.sid] = translate_request(request)
-        self.eio.wheel.after(self._connect_timeout_s, partial(self._check_connected, session))
+        self._await_connect(session)
+
+    def _on_left(self, eio_sid: str) -> None:
+        """A client has left a namespace. It may come back over the same transport, or to another one, but if it is
+        nowhere it has the same time for that as a new one."""
+        session = self.eio.sockets.get(eio_sid)
+        if session is not None and not session.closing:
+            self._await_connect(session)
+
+    def _await_connect(self, session: Session) -> None:
+        unwatched = not session.connect_by
+        session.connect_by = self.eio.wheel.now() + self._connect_timeout_s
+        if unwatched:
+            self.eio.wheel.after(self._connect_timeout_s, partial(self._check_connected, session))
 
     def _check_connected(self, session: Session) -> None:
-        if not session.closing and not self.manager.namespaces_of(session.sid):
+        if session.closing or self.manager.namespaces_of(session.sid):
+            session.connect_by = 0.0
+        elif (left_s := session.connect_by - self.eio.wheel.now()) > 0:
+            self.eio.wheel.after(left_s, partial(self._check_connected, session))
+        else:
             session.cut("no_connect")
 
     def end_unconnected(self) -> None:

@@ -114,6 +114,7 @@ class Polling(asyncio.Transport):
                 await asyncio.shield(self._reading)
             if self._session.closing:
                 return
+            self._session.on_frame()
             if isinstance(packet, str):
                 self._session.on_text(packet)
             else:

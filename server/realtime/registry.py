@@ -44,6 +44,8 @@ class Registry(socketio.AsyncManager):  # type: ignore[misc]  # the library is n
         self._connecting: set[str] = set()
         self._disconnecting: set[str] = set()
         self._ack_ids = itertools.count(1)
+        self.on_left: Callable[[str], None] = lambda eio_sid: None
+        """Told of each client that was connected and is not any more, by its Engine.IO session."""
 
     # who is there
 
@@ -60,12 +62,16 @@ class Registry(socketio.AsyncManager):  # type: ignore[misc]  # the library is n
             return
         for room in self._rooms_of.get(sid, set()).copy():
             self.basic_leave_room(sid, namespace, room)
-        known.ids.pop(known.clients.pop(sid), None)
+        eio_sid = known.clients.pop(sid)
+        known.ids.pop(eio_sid, None)
         if not known.clients:
             del self._namespaces[namespace]
         self.callbacks.pop(sid, None)
-        self._connecting.discard(sid)
         self._disconnecting.discard(sid)
+        if sid in self._connecting:
+            self._connecting.discard(sid)
+        else:
+            self.on_left(eio_sid)
 
     def namespaces_of(self, eio_sid: str) -> list[str]:
         """Where an Engine.IO session is connected, or about to be."""

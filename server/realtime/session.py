@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from server import metrics
 from server.realtime.backlog import Wheel
 from server.realtime.connections import Connection, Frame
 from server.realtime.polling import Polling
+from server.realtime.quota import Quota
 from server.realtime.websocket import BINARY, GOING_AWAY, NORMAL, PING, TEXT, WebSocket, encode
 
 ACK_DIGITS_MAX = 15
@@ -25,8 +27,11 @@ ACK_DIGITS_MAX = 15
 _decode = msgspec.json.Decoder(list[Any]).decode
 _PING = encode(TEXT, b"2")
 
-_SLOW = 2
-"""Why a session is held, besides the 1 of its unanswered calls."""
+READ_AGAIN_S = 0.05
+"""Least time for which a session that sends too fast is read no further: a wake for each frame would cost more."""
+
+_SLOW, _TOO_FAST = 2, 8
+"""Why a session is held, besides the 1 of its unanswered calls and the 4 of the engine."""
 
 _MARK_DIGITS_MAX = 19
 """Longest number that comes back from a mark of ours."""
@@ -45,6 +50,8 @@ class Handler(Protocol):
     slow_bytes: int
     queue_max_bytes: int
     slow_max_s: float
+    new_quota: Callable[[], Quota | None]
+    """What a new session may send: frames of every kind, or packets of a payload. None: as much as it likes."""
     on_event: Callable[[Connection, str, list[Any], int | None], None]
     """An event of a client that is connected to the default namespace."""
     on_packet: Callable[[Session, str | bytes], None]
@@ -69,10 +76,12 @@ class Session(WebSocket):
         "_handler",
         "_latest",
         "_pong_due",
+        "_quota",
         "_received",
         "_slow",
         "_user_session",
         "caller",
+        "connect_by",
         "connection",
         "opening",
         "sid",
@@ -88,7 +97,10 @@ class Session(WebSocket):
         """The Socket.IO session on the default namespace."""
         self.opening: object | None = None
         """Stands for the one that is being opened."""
+        self.connect_by = 0.0
+        """The deadline for a CONNECT, by the loop's time; 0: nobody looks after it."""
         self._user_session: dict[str, Any] | None = None
+        self._quota = handler.new_quota()
         self._pong_due = 0.0
         """When a sign of life must have come, by the loop's time; 0: none is awaited."""
         self._slow: asyncio.TimerHandle | None = None
@@ -219,6 +231,19 @@ class Session(WebSocket):
         WebSocket.close(self, GOING_AWAY)
 
     # receiving
+
+    def on_frame(self) -> None:
+        """Whatever it holds, it counts: who floods us is read no further for a while, and refused nothing."""
+        quota = self._quota
+        if quota is None:
+            return
+        now = time.monotonic()
+        quota.take(now)
+        wait_s = quota.wait_s(now)
+        if wait_s:
+            metrics.rate_limited.labels("socket").inc()
+            self.hold(_TOO_FAST)
+            asyncio.get_running_loop().call_later(max(wait_s, READ_AGAIN_S), self.resume, _TOO_FAST)
 
     def on_text(self, message: str) -> None:
         self._pong_due = 0.0

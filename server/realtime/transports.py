@@ -21,6 +21,7 @@ from models.errors import Malformed, TooLarge
 from server.realtime.backlog import Backlog, Wheel
 from server.realtime.connections import Connection
 from server.realtime.polling import Polling, packets_of
+from server.realtime.quota import Quota
 from server.realtime.session import Probe, Session
 from server.realtime.websocket import can_take_over, is_handshake
 
@@ -79,6 +80,7 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # the library i
         slow_max_s: float,
         slot_s: float = 1.0,
         caller_of: Callable[[web.Request], str] = lambda request: request.remote or "",
+        new_quota: Callable[[], Quota | None] = lambda: None,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -94,6 +96,7 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # the library i
         self.ping_interval_s, self.ping_timeout_s = ping_interval_s, ping_timeout_s
         self.upgrade_timeout_s = upgrade_timeout_s
         self.slow_bytes, self.queue_max_bytes, self.slow_max_s = slow_bytes, queue_max_bytes, slow_max_s
+        self.new_quota = new_quota
         self._caller_of = caller_of
         self.sockets: dict[str, Session]
         self.backlog = Backlog()

@@ -91,6 +91,9 @@ class WebSocket(asyncio.Protocol):
 
     # what subclasses fill in
 
+    def on_frame(self) -> None:
+        """A frame was read, and is handed on next: a message, a part of one, or one of the WebSocket's own."""
+
     def on_text(self, message: str) -> None:
         """A whole text message."""
 
@@ -172,6 +175,7 @@ class WebSocket(asyncio.Protocol):
                 break
             payload = _unmask(data[start : start + 4], data[start + 4 : stop])
             position = stop
+            self.on_frame()
             self._frame(first & 0x0F, bool(first & 0x80), payload)
         self._buffer = data[position:] if position < end and self._transport is not None else b""
 

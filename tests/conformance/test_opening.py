@@ -287,3 +287,52 @@ async def test_a_job_that_fails_keeps_nobody_from_being_closed(server: Recorded,
             session.abort()
         await gone(server)
     assert server.seen.count("closes x") == 3
+
+
+# whoever leaves and keeps its transport
+
+
+async def test_who_left_and_says_nothing_more_is_cut(server: Recorded, door: Door) -> None:
+    async with door.session() as socket:
+        await socket.connect('40{"name":"x"}')
+        assert await socket.text() == '42["first"]'
+        await asyncio.sleep(1.2)  # its first deadline is over: it was connected then
+        left_at = time.monotonic()
+        await socket.send("41")
+        await until(lambda: server.unconnected == 1, "it has left")
+        assert await socket.rest() == []
+        assert 0.9 < time.monotonic() - left_at < 3
+    await gone(server)
+    assert server.seen == ["opens x", "then x", "closes x"]
+
+
+async def test_who_left_has_as_long_to_come_back_as_a_new_one(server: Recorded, door: Door) -> None:
+    """However late in an earlier deadline it left; and who came back stays."""
+    async with door.session() as socket:
+        await socket.connect('40{"name":"x"}')
+        assert await socket.text() == '42["first"]'
+        await asyncio.sleep(0.7)
+        await socket.send("41")
+        await asyncio.sleep(0.7)
+        await socket.connect('40{"name":"x"}')
+        assert await socket.text() == '42["first"]'
+        await asyncio.sleep(1.3)
+        await socket.send('42["x"]')
+        assert await socket.text() == '42["heard","x"]'
+    await gone(server)
+
+
+@pytest.mark.parametrize("by", ["client", "server"])
+async def test_the_deadline_is_for_who_is_in_no_namespace_at_all(server: Recorded, door: Door, by: str) -> None:
+    server.on("connect", lambda sid, environ: None, namespace="/other")
+    async with door.session() as socket:
+        await socket.connect('40{"name":"x"}')
+        assert await socket.text() == '42["first"]'
+        answer = await socket.connect("40/other,")
+        await socket.send("41")
+        await asyncio.sleep(1.3)
+        await socket.send("41/other,") if by == "client" else await server.disconnect(answer["sid"], "/other")
+        left_at = time.monotonic()
+        assert await socket.rest() == ([] if by == "client" else ["41/other,"])
+        assert 0.9 < time.monotonic() - left_at < 3
+    await gone(server)

@@ -4,6 +4,7 @@ every event once and in order."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from typing import Any
@@ -12,10 +13,12 @@ import aiohttp
 import pytest
 
 from server.embedded import DataServers
+from tests.faults.proxy import proxied
 from tests.flows.official import Node, OfficialSocket
 from tests.flows.test_official_client import BRISK, CUSTOMER, every_transport
-from tests.harness import Instance, token, until
-from tests.server.test_bus import bus
+from tests.flows.test_rate_limits import metric
+from tests.harness import Fleet, Instance, token, until
+from tests.server.test_bus import Ear, bus
 
 RECOVERY: dict[str, Any] = {"auth": {"recovery": True}, **BRISK}
 FORGET = "for _, key in ipairs(redis.call('KEYS', 'waybill:session:*')) do redis.call('DEL', key) end return 1"
@@ -199,6 +202,114 @@ async def test_a_subscribe_whose_answer_may_be_lost_is_not_recovered(pair: tuple
         pid = await opened(session, a, order["id"], autoping=True)
         again, _ = await connect(session, b, {"pid": pid})
         assert again["pid"] == pid
+
+
+async def test_who_cannot_be_told_to_redis_is_told_nothing_and_comes_back_without_a_session(fleet: Fleet) -> None:
+    """Redis is silent when a client subscribes: its transport ends, and subscribing with afterSeq needs no Redis."""
+    quick: dict[str, Any] = {"BUS_PING_INTERVAL_MS": "300", "REDIS_TIMEOUT_MS": "800", "BUS_FALLBACK_POLL_MS": "300"}
+    async with proxied(fleet.redis_url) as link, Node() as node:
+        instance = await fleet.start(REDIS_URL=link.url, **quick)
+        try:
+            order = await instance.place()
+            socket = await node.connected(instance, CUSTOMER, **RECOVERY, **WEBSOCKET)
+            link.freeze()
+            before = len(socket.seen)
+            unanswered = socket.start("subscribeToOrder", {"orderId": order["id"]})
+            lost = await socket.sees("disconnect", after=before)
+            assert lost["active"], "it comes back by itself"
+            assert socket.find("ack", call=unanswered) is None
+            back = await socket.sees("connect", after=before)
+            assert not back["recovered"]
+            await subscribed_at_last(socket, order["id"])
+            await instance.move(order["id"], "confirmed")
+            await socket.reaches(order["id"], 2)
+            assert socket.offsets() == [], "it has no session, so nothing promises that it is recovered"
+            assert await metric(instance, 'waybill_connections_cut_total{why="recovery_unsaved"}') >= 1
+            await link.heal()
+            await until(lambda: in_touch(instance), "Redis is back")
+            assert not await lose(socket, instance)
+            await socket.watch(order["id"], after=2)
+            await proven(socket)
+            assert await lose(socket, instance), "from now on there is a session again"
+            await instance.move(order["id"], "preparing")
+            await socket.reaches(order["id"], 3)
+            assert socket.seqs(order["id"]) == [1, 2, 3]
+        finally:
+            await fleet.stop()  # before its link goes
+
+
+async def subscribed_at_last(socket: OfficialSocket, order_id: str) -> None:
+    """As an application does: subscribe after each connect. The first ones may come before the server knows that Redis
+    is away."""
+    while True:
+        before = len(socket.seen)
+        call = socket.start("subscribeToOrder", {"orderId": order_id, "afterSeq": 0})
+        await until(
+            lambda n=before, c=call: socket.find("ack", call=c) or socket.find("disconnect", after=n),
+            "an answer or none",
+        )
+        if (answered := socket.find("ack", call=call)) is not None:
+            assert answered["args"][0]["ok"], answered
+            return
+        await socket.sees("connect", after=before)
+
+
+async def in_touch(instance: Instance) -> bool:
+    return bool((await instance.get("/health/ready", by=None)).body["redis"] == "ok")
+
+
+async def test_the_clients_of_a_killed_instance_are_recovered_on_the_other_while_events_move(fleet: Fleet) -> None:
+    a, b = await fleet.pair()
+    order = await b.place()
+    async with Node() as node:
+        sockets = [await node.connected(a, CUSTOMER, **RECOVERY, **WEBSOCKET) for _ in range(3)]
+        for socket in sockets:
+            await socket.watch(order["id"], after=0)
+            await proven(socket)
+        moving = asyncio.create_task(stir(b, order["id"]))
+        for socket in sockets:
+            await socket.reaches(order["id"], 3)
+        befores = [len(socket.seen) for socket in sockets]
+        a.freeze()  # from here on it does nothing more, as if it were dead: not even its kernel tells the clients
+        for socket in sockets:
+            socket.tell("lose", url=b.url)
+        a.kill()
+        for socket, before in zip(sockets, befores, strict=True):
+            assert (await socket.sees("connect", after=before))["recovered"]
+        moving.cancel()
+        await asyncio.wait((moving,))
+        last = (await b.assign(order["id"], "last"))["seq"]
+        for socket in sockets:
+            await socket.reaches(order["id"], last)
+            assert socket.seqs(order["id"]) == list(range(1, last + 1))
+
+
+async def stir(instance: Instance, order_id: str) -> None:
+    """Events without end."""
+    for rider in itertools.count():
+        await instance.assign(order_id, f"rider {rider}")
+
+
+async def test_who_is_away_for_longer_than_sessions_are_kept_is_not_recovered(fleet: Fleet) -> None:
+    """And who stays connected for longer than that is."""
+    keep_s = 2
+    instance = await fleet.start(RECOVERY_KEEP_S=str(keep_s))
+    order = await instance.place()
+    async with aiohttp.ClientSession() as session, bus(fleet.redis_url) as ear:
+        answer, stays = await connect(session, instance, {})
+        stayed = time.monotonic()
+        gone = await opened(session, instance, order["id"], autoping=True)
+        await until(lambda: forgotten(ear, gone), "its session is forgotten", 3 * keep_s)
+        again, _ = await connect(session, instance, {"pid": gone})
+        assert again["pid"] != gone
+        await asyncio.sleep(max(stayed + keep_s + 0.5 - time.monotonic(), 0))
+        await stays.close()
+        again, _ = await connect(session, instance, {"pid": answer["pid"]})
+        assert again["pid"] == answer["pid"]
+
+
+async def forgotten(ear: Ear, pid: str) -> bool:
+    return await ear.bus.call("EXISTS", f"waybill:session:{pid}") == 0
 
 
 @pytest.mark.parametrize("pid", [None, 7, "", "x" * 24, "*", {"a": 1}])

@@ -16,9 +16,10 @@ from models.errors import RateLimited, Unavailable
 from models.user import Actor, Role
 from server.edges import Edges, _plain, protect
 from server.embedded import DataServers
-from server.limits import SPEND, STANDING, Limits, Quota
+from server.limits import SPEND, STANDING, Limits
 from server.realtime import websocket
 from server.realtime.bus import Bus
+from server.realtime.quota import Quota
 from server.settings import CannotStart, Settings, load
 
 SLACK_MS = 5
@@ -95,14 +96,6 @@ def test_a_quota_in_memory_is_a_burst_and_then_a_rate() -> None:
         assert quota.wait_s(now + 60) == 0
         quota.take(now + 60)
     assert quota.wait_s(now + 60) > 0, "rest saves up no more than a burst"
-
-
-def test_a_socket_that_is_closed_is_forgotten() -> None:
-    some = Limits(Settings(), None, Edges(Settings()))  # type: ignore[arg-type]
-    for number in range(1000):
-        some.pace(str(number))
-        some.forget(str(number))
-    assert some._sockets == {}
 
 
 async def test_two_instances_share_one_limit(data: DataServers) -> None:
@@ -198,7 +191,7 @@ async def test_off_asks_redis_for_nothing() -> None:
     some.count_event(actor)
     for _ in range(100_000):
         some.admit(10**6)
-        assert some.pace("socket") == 0
+    assert some.socket_quota() is None
     assert STANDING not in request
 
 

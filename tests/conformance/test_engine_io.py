@@ -152,6 +152,20 @@ async def test_two_polls_at_once_end_the_session(door: Door) -> None:
     assert (await client.poll())[0] == 400
 
 
+@pytest.mark.parametrize("told", [[], ["bye"]])
+async def test_a_client_that_is_sent_away_by_polling_is_told_no_goodbye(told: list[str]) -> None:
+    """The Python client would stay away for good, and the JavaScript client drop what comes with it."""
+    server = engine_io()
+    async with serving(server, "/engine.io/") as door:
+        client = await door.poller()
+        session = server.sockets[client.greeting["sid"]]
+        for text in told:
+            session.send_frame(Frame(text))
+        session.hang_up()
+        assert await client.poll() == (200, "".join(f"4{text}" for text in told) or "6")
+        assert (await client.poll())[0] == 400
+
+
 async def test_two_posts_at_once_end_the_session(door: Door) -> None:
     client = await door.poller()
     more = asyncio.Event()

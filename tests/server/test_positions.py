@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from server.realtime.positions import GATHER_S, SHOW, PositionLane
+from server.realtime.positions import GATHER_S, HELD, SHOW, PositionLane
 from tests.harness import SOON_S, until
 
 
@@ -108,3 +108,24 @@ async def test_nothing_stays_behind() -> None:
     assert loop.time() - began < 1
     assert shown.bus.orders == orders
     assert shown.answered == orders
+
+
+async def test_who_waits_for_its_turn_learns_of_watchers_when_it_was_shown() -> None:
+    """At once that it waits, and then what Redis says; else an agent that pushes fast never learns that somebody came."""
+    replies: list[object] = []
+    bus = ThinnedBus()
+    lane = PositionLane(bus, lambda key: key, min_interval_s=0.01, keep_s=60)  # type: ignore[arg-type]
+    lane.show("order", 1, 1.0, b"{}", "origin", replies.append)
+    lane.show("order", 1, 2.0, b"{}", "origin", replies.append)
+    assert replies == [2, HELD]
+    await until(lambda: len(replies) == 3, "its turn")
+    assert replies[2] == 2
+
+
+class ThinnedBus:
+    """Two instances listen, and no assignment has ended."""
+
+    publish_command = "PUBLISH"
+
+    def send(self, args: Sequence[Any], answer: Callable[[object], None]) -> None:
+        answer(2 if args[0] == "EVALSHA" else None)

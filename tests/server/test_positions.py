@@ -111,7 +111,7 @@ async def test_nothing_stays_behind() -> None:
 
 
 async def test_who_waits_for_its_turn_learns_of_watchers_when_it_was_shown() -> None:
-    """At once that it waits, and then what Redis says; else an agent that pushes fast never learns that somebody came."""
+    """First that it waits, then what Redis says; else an agent that pushes fast never learns that somebody came."""
     replies: list[object] = []
     bus = ThinnedBus()
     lane = PositionLane(bus, lambda key: key, min_interval_s=0.01, keep_s=60)  # type: ignore[arg-type]

@@ -55,6 +55,11 @@ class Actor(msgspec.Struct, frozen=True):
     """Set for guests only."""
 
     @property
+    def who(self) -> str:
+        """Whose keys, rates and sessions these are: two roles of one subject are two people."""
+        return f"{self.role}:{self.sub}"
+
+    @property
     def is_staff(self) -> bool:
         return self.role in STAFF
 

@@ -124,7 +124,7 @@ class Doors:
     async def _perform_once(self, verb: Verb, actor: Actor, key: str, *args: object) -> Answer:
         if not _KEY.fullmatch(key):
             raise Invalid(f"An Idempotency-Key is 1 to {KEY_CHARACTERS_MAX} printable ASCII characters.")
-        caller = f"{actor.role}:{actor.sub}"
+        caller = actor.who
         slot = (caller, verb.name, key)
         fingerprint = hashlib.sha256(msgspec.json.encode(args)).digest()
         async with self.database.statement() as tx:

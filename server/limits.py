@@ -119,7 +119,7 @@ class Limits:
     async def user(self, request: web.Request, actor: Actor) -> None:
         """A request with an accepted token."""
         rate = self._service_requests if actor.role in BACK_OFFICE else self._user_requests
-        await self._request(request, rate, f"{actor.role}:{actor.sub}")
+        await self._request(request, rate, actor.who)
 
     async def stranger(self, request: web.Request) -> None:
         """A request without an accepted token."""
@@ -214,7 +214,7 @@ class Limits:
 
     def _of_events(self, actor: Actor) -> tuple[Rate, str]:
         rate = self._service_events if actor.role in BACK_OFFICE else self._user_events
-        return rate, f"{actor.role}:{actor.sub}"
+        return rate, actor.who
 
     # counting
 

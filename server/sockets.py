@@ -50,17 +50,19 @@ from server.auth import Authenticator
 from server.deadlines import Deadlines
 from server.doors import KEY_PATTERN, Doors, Verb, convert
 from server.drain import send_away
+from server.entering import Entrance
 from server.limits import Limits
 from server.locations import Locations
 from server.outbox import ORDER_PREFIX, USER_PREFIX, order_channel, unpack, user_channel
 from server.realtime.bus import Bus
-from server.realtime.connections import Connection, Frame, Opening, acknowledgement, frame
+from server.realtime.connections import NOTHING_MORE, Connection, Frame, Opening, acknowledgement, frame
 from server.realtime.engine import Engine, Unreadable
 from server.realtime.positions import PositionLane, parse
-from server.realtime.recovery import Lost, Recoverable, Sessions, Unsaved
-from server.realtime.rooms import Member, Room, Rooms
+from server.realtime.recovery import Sessions, Unsaved
+from server.realtime.rooms import Room, Rooms
+from server.recoveries import Recoveries
 from server.settings import Settings
-from server.snapshots import FULL, TRACKED, Picture, Snapshots, Subscribed, view_of
+from server.snapshots import FULL, TRACKED, Snapshots, Subscribed, view_of
 
 log = structlog.get_logger()
 
@@ -152,23 +154,6 @@ class _Top(msgspec.Struct, frozen=True):
     seq: int
 
 
-class _Entered(NamedTuple):
-    """A room that a connection has joined, and what it looked like after that."""
-
-    actor: Actor
-    room: Room[Event]
-    member: Member
-    picture: Picture
-
-    def holds(self, connection: Connection) -> bool:
-        """Whether the connection is still in the room as it was permitted to, and the room has all that came since."""
-        return (
-            self.room.members.get(connection.id) is self.member
-            and connection.actor is self.actor
-            and self.room.covers(self.picture.seq)
-        )
-
-
 class Sockets:
     """One instance's side of the Socket.IO door."""
 
@@ -198,9 +183,6 @@ class Sockets:
         """When the token of each connection is seen to next: its bearer is told of the end, then it ends."""
         self._goodbyes: set[asyncio.Task[None]] = set()
         self._draining = False
-        self._sessions = Sessions(
-            bus, keep_s=settings.recovery_keep_s, offset_max_bytes=settings.recovery_offset_max_bytes
-        )
         self.engine = Engine(
             authenticate=self._authenticate,
             caller_of=self._limits.network_of,
@@ -229,6 +211,16 @@ class Sockets:
             fallback_poll_s=settings.bus_fallback_poll_ms / 1000,
         )
         self._snapshots = Snapshots(doors, lane, self.rooms, settings.subscribe_batch_max)
+        self._entrance = Entrance(settings, self.rooms, self._snapshots)
+        self._recoveries = Recoveries(
+            Sessions(bus, keep_s=settings.recovery_keep_s, offset_max_bytes=settings.recovery_offset_max_bytes),
+            authenticator,
+            self._entrance,
+            self.rooms,
+            self._snapshots,
+            after=self.engine.eio.wheel.after,
+            timeout_s=settings.subscribe_timeout_ms / 1000,
+        )
 
     # a connection's life
 
@@ -247,78 +239,11 @@ class Sockets:
             raise
 
     async def _open_connection(self, connection: Connection, auth: object) -> Opening:
-        """Begin a connection, or carry on where an earlier one of the client was lost."""
-        opening = Opening({}, _nothing)
+        opening = NOTHING_MORE
         if isinstance(auth, dict) and auth.get("recovery") is True:
-            opening = await self._recover(connection, auth) or self._begin_session(connection)
+            opening = await self._recoveries.open(connection, auth)
         self._register(connection)
         return opening
-
-    def _begin_session(self, connection: Connection) -> Opening:
-        connection.recoverable = self._sessions.begin(connection, _who(connection.actor))
-        if connection.recoverable is None:
-            return Opening({}, _nothing)
-        return self._keep_session(connection, connection.recoverable, _nothing)
-
-    def _keep_session(self, connection: Connection, recoverable: Recoverable, then: Callable[[], None]) -> Opening:
-        """Keep the session in Redis for as long as the connection lasts, and RECOVERY_KEEP_S longer."""
-
-        def keep() -> None:
-            if not connection.gone:
-                self._sessions.keep(recoverable.pid)
-                self.engine.eio.wheel.after(self._sessions.keep_s / 3, keep)
-
-        keep()
-        return Opening({"pid": recoverable.pid}, then)
-
-    async def _recover(self, connection: Connection, auth: dict[str, Any]) -> Opening | None:
-        """Enter all rooms of the session that the client comes back to; None: that cannot be proven to lose nothing."""
-        pid = auth.get("pid")
-        if not isinstance(pid, str):
-            return None
-        try:
-            marks = await self._sessions.find(pid, auth.get("offset"), _who(connection.actor))
-            entered = await self._enter_all(connection, marks)
-            self._authenticator.check(connection.actor)  # it may have been revoked while we read
-        except Lost as lost:
-            metrics.recoveries.labels(str(lost)).inc()
-            self.rooms.leave_all(connection)
-            return None
-        except BaseException:
-            self.rooms.leave_all(connection)
-            raise
-        metrics.recoveries.labels("recovered").inc()
-        connection.recoverable = Recoverable(self._sessions, connection, pid)
-
-        def resume() -> None:
-            for key, (_, room, member, picture) in entered.items():
-                member.mark = marks[key]
-                self.rooms.settle(room, member, picture.seq, picture.epoch, picture.read)
-                self._snapshots.keep(room, picture)
-                location = self._snapshots.location(room, picture)
-                if location is not None:
-                    connection.send_latest(key, frame("orderLocationUpdate", location))
-
-        return self._keep_session(connection, connection.recoverable, resume)
-
-    async def _enter_all(self, connection: Connection, marks: Mapping[str, int]) -> dict[str, _Entered]:
-        """Enter all rooms of a session, each with what it missed. Raises Lost: one of them cannot be entered."""
-        entered: dict[str, _Entered] = {}
-        missing = list(marks)
-        try:
-            async with asyncio.timeout(self._settings.subscribe_timeout_ms / 1000):
-                while missing:
-                    entering = (self._enter(connection, key, marks[key]) for key in missing)
-                    for key, one in zip(missing, await asyncio.gather(*entering, return_exceptions=True), strict=True):
-                        if isinstance(one, BaseException):
-                            raise one
-                        entered[key] = one
-                    missing = [key for key, one in entered.items() if not one.holds(connection)]
-        except (Unavailable, TimeoutError):
-            raise Lost("unavailable") from None
-        except Refused:
-            raise Lost("refused") from None
-        return entered
 
     def _register(self, connection: Connection) -> None:
         metrics.connections.inc()
@@ -477,10 +402,10 @@ class Sockets:
     async def subscribe(self, connection: Connection, payload: Subscribe, number: int | None) -> None:
         key = payload.order_id
         after = None if isinstance(payload.after_seq, UnsetType) else payload.after_seq
-        self._check_subscriptions(connection, key)
+        self._entrance.check_subscriptions(connection, key)
         try:
             async with asyncio.timeout(self._settings.subscribe_timeout_ms / 1000):
-                one = await self._enter(connection, key, after, asked=True)
+                one = await self._entrance.enter(connection, key, after, asked=True)
         except Invalid:
             raise  # of what the client asked, nothing was done: an earlier subscription stays
         except Unsaved:
@@ -502,33 +427,6 @@ class Sockets:
             connection.recoverable.joined(key, picture.seq)
         self.rooms.settle(room, one.member, picture.seq, picture.epoch)
         self._snapshots.keep(room, picture)
-
-    def _check_subscriptions(self, connection: Connection, key: str) -> None:
-        """Raises RateLimited: the socket may watch no order besides those that it does."""
-        most = self._settings.subscriptions_per_socket_max
-        if self._settings.rate_limits == "on" and key not in connection.keys and len(connection.keys) >= most:
-            raise RateLimited(f"One socket watches {most} orders at most.", retry_after_ms=1000)
-
-    async def _enter(self, connection: Connection, key: str, after: int | None, *, asked: bool = False) -> _Entered:
-        """Permit, join, then read, in that order. `asked`: by the client, which will be told.
-
-        Raises:
-            What permitting refuses; Unsaved: the client is recoverable, and Redis could not be told.
-        """
-        while True:
-            actor = connection.actor
-            permitted = await self._snapshots.permit(actor, key, after)
-            if asked:
-                self._check_subscriptions(connection, key)  # again: others of its calls have joined meanwhile
-            room, member = self.rooms.join(connection, key, view_of(actor))
-            if asked and connection.recoverable is not None:
-                await connection.recoverable.joining(key)
-            listening = await self.rooms.listening(room, self._settings.redis_timeout_ms / 1000)
-            picture = await self._snapshots.take(room, actor, after, permitted, listening=listening)
-            entered = _Entered(actor, room, member, picture)
-            # else it missed too much, was shut out, or got another token while we read: from the beginning
-            if entered.holds(connection):
-                return entered
 
     def _leave(self, connection: Connection, key: str) -> None:
         self.rooms.leave(connection, key)
@@ -691,15 +589,6 @@ EVENTS: dict[str, _Event] = {
         (Forbidden,),
     ),
 }
-
-
-def _nothing() -> None:
-    """What follows CONNECT for most."""
-
-
-def _who(actor: Actor) -> str:
-    """To whom a recoverable session belongs."""
-    return f"{actor.role}:{actor.sub}"
 
 
 def _frame_of(event: Event, view: str) -> Frame:

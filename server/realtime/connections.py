@@ -113,3 +113,7 @@ class Opening(NamedTuple):
     """Stands in the answer to CONNECT, beside `sid`."""
     then: Callable[[], None]
     """Called in the very step in which that answer is put on the wire: nothing comes between."""
+
+
+NOTHING_MORE = Opening({}, lambda: None)
+"""The answer to CONNECT is `sid`, and nothing follows."""

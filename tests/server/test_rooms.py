@@ -685,7 +685,7 @@ class Watch:
     """The rooms of a real Socket.IO door, which no server serves."""
 
     def __init__(self) -> None:
-        nothing: Any = SimpleNamespace(network_of=None)
+        nothing: Any = SimpleNamespace(network_of=None, socket_quota=None)
         self.revocations = Revocations()
         authenticator: Any = SimpleNamespace(revocations=self.revocations)
         bus = cast(Bus, FakeBus())

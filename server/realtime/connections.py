@@ -50,6 +50,10 @@ class Wire(Protocol):
     def send_latest(self, key: str, message: Frame) -> None:
         """Put state on the wire: while the client reads too slowly, only the newest message of each key is kept."""
 
+    @property
+    def direct(self) -> Callable[[bytes], object] | None:
+        """What puts bytes on the wire as `send_latest` would; None while that has more to do, or nothing."""
+
     def when_received(self, callback: Callable[[], None]) -> None:
         """Call back when it is proven that the client has received everything that was sent until now; never, when the
         session ends before."""
@@ -74,10 +78,12 @@ class Connection:
         "keys",
         "last_calls",
         "left",
+        "on_rewire",
         "recoverable",
         "send",
         "send_latest",
         "wire",
+        "write",
     )
 
     def __init__(self, id_: str, wire: Wire, actor: Actor) -> None:
@@ -87,6 +93,10 @@ class Connection:
         self.send = wire.send_frame
         self.send_latest = wire.send_latest
         self.hang_up = wire.hang_up
+        self.write: Callable[[bytes], object] | None = None
+        """`wire.direct`, as it was told last."""
+        self.on_rewire: Callable[[Connection], None] | None = None
+        """Told when `write` has changed."""
         self.left = False
         """Whether the session has ended; its transport may live on."""
         self.keys: set[str] = set()
@@ -101,6 +111,12 @@ class Connection:
     @property
     def gone(self) -> bool:
         return self.left or self.wire.gone
+
+    def rewire(self) -> None:
+        """The way to the client has changed."""
+        self.write = self.wire.direct
+        if self.on_rewire is not None:
+            self.on_rewire(self)
 
     def emit(self, event: str, payload: object) -> None:
         self.send(frame(event, msgspec.json.encode(payload)))

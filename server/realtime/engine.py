@@ -201,6 +201,7 @@ class Engine(socketio.AsyncServer):  # type: ignore[misc]  # the library is not 
         session.opening = None
         self.manager.add(connection.id, session.sid, NAMESPACE)
         session.connection = self.connections[session.sid] = connection
+        connection.rewire()
         answer = msgspec.json.encode({"sid": connection.id, **payload})
         session.send_frame(Frame("0" + answer.decode()))
         then()

@@ -84,6 +84,7 @@ class Room(Generic[EntryT]):
         "members",
         "position",
         "position_since",
+        "readers",
         "recent",
         "subscribed",
         "top",
@@ -109,6 +110,10 @@ class Room(Generic[EntryT]):
         self.position_since = -1
         """`Rooms.bus_changes` when `position` was known to be the newest there is. It is as long as that number stays:
         the bus has told of every newer one."""
+        self.readers: tuple[list[Callable[[bytes], object]], list[Connection]] | None = None
+        """Who gets a position: the writes of those that keep up, and the others. None: to be made again. Walking
+        through members, connections and sessions costs more than it seems, because the kernel's work for each
+        write has driven them out of the processor's caches."""
         self.image: Image | None = None
         """Made by a snapshot that ended at `top`; the next entry ends it."""
         self.early: tuple[int, float, str, bytes] | None = None
@@ -120,6 +125,15 @@ class Room(Generic[EntryT]):
         self.known_at = known_at
         if epoch != self.epoch:
             self.epoch, self.position = epoch, None
+
+    def find_readers(self) -> tuple[list[Callable[[bytes], object]], list[Connection]]:
+        """Make `readers`."""
+        connections = [member.connection for member in self.members.values() if not member.pending]
+        self.readers = (
+            [connection.write for connection in connections if connection.write is not None],
+            [connection for connection in connections if connection.write is None],
+        )
+        return self.readers
 
     def recall(self, entries: Sequence[EntryT]) -> None:
         """Entries up to the top were read: keep them, or the newest of them, if that is more than is in memory."""
@@ -197,9 +211,17 @@ class Rooms(Generic[EntryT]):
         if member is None:
             member = room.members[connection.id] = Member(connection, view)
             connection.keys.add(key)
+            connection.on_rewire = self._forget_readers
             self._members_changed(key)
         member.pending = True
+        room.readers = None
         return room, member
+
+    def _forget_readers(self, connection: Connection) -> None:
+        for key in connection.keys:
+            room = self._rooms.get(key)
+            if room is not None:
+                room.readers = None
 
     async def listening(self, room: Room[EntryT], timeout_s: float) -> bool:
         """Wait until the bus confirmed the room's channel, or until it is clear that the table must be read instead;
@@ -218,6 +240,7 @@ class Rooms(Generic[EntryT]):
             room.top = seq
         room.learn_epoch(epoch, seq)
         member.pending = False
+        room.readers = None
         member.owed = None  # it is in the snapshot, or the room has it
         for entry in missed:
             self._give(room, member, Kept(entry))
@@ -234,6 +257,7 @@ class Rooms(Generic[EntryT]):
         member = room.members.pop(connection.id, None) if room is not None else None
         if room is None or member is None:
             return
+        room.readers = None
         if member.owed is not None and member.mark < member.owed[0]:
             connection.send(member.owed[1])
         self._members_changed(key)
@@ -329,9 +353,17 @@ class Rooms(Generic[EntryT]):
             return
         room.position = (ts, payload)
         frame = self._position_frame_of(payload)
-        for member in room.members.values():
-            if not member.pending and member.connection.id != origin:
-                member.connection.send_latest(key, frame)
+        if origin in room.members:
+            for member in room.members.values():
+                if not member.pending and member.connection.id != origin:
+                    member.connection.send_latest(key, frame)
+            return
+        writes, others = room.readers or room.find_readers()
+        wire = frame.wire
+        for write in writes:
+            write(wire)
+        for connection in others:
+            connection.send_latest(key, frame)
 
     def _deliver(self, room: Room[EntryT], entry: EntryT) -> None:
         room.top = entry.seq

@@ -134,6 +134,7 @@ class Session(WebSocket):
         self._transport = transport
         if queued := polling.leave():
             transport.write(queued)
+        self._rewire()
         transport.set_protocol(self)
         if transport.get_write_buffer_size() > self._handler.slow_bytes:
             if self._slow is None:
@@ -190,6 +191,21 @@ class Session(WebSocket):
         elif not self.closing:
             self._transport.write(message.wire)  # type: ignore[union-attr]
 
+    @property
+    def direct(self) -> Callable[[bytes], object] | None:
+        """What `send_latest` comes down to while the client keeps up: its transport's own write."""
+        if self.closing or self._latest is not None or self._transport is None:
+            return None
+        return self._transport.write
+
+    def _rewire(self) -> None:
+        if self.connection is not None:
+            self.connection.rewire()
+
+    def _stop(self) -> None:
+        super()._stop()
+        self._rewire()
+
     def when_received(self, callback: Callable[[], None]) -> None:
         """A PING of the WebSocket follows what was sent; its PONG is the proof, or while polling the GET after the one
         that took it."""
@@ -215,6 +231,7 @@ class Session(WebSocket):
     def pause_writing(self) -> None:
         """The client reads more slowly than we write: so we read no more of what it asks."""
         self._latest = {}
+        self._rewire()
         self._slow = asyncio.get_running_loop().call_later(self._handler.slow_max_s, self.cut, "slow_age")
         self.hold(_SLOW)
 
@@ -225,6 +242,7 @@ class Session(WebSocket):
         latest, self._latest = self._latest, None
         for message in (latest or {}).values():
             self.send_frame(message)
+        self._rewire()
         self.resume(_SLOW)
 
     def hang_up(self) -> None:
@@ -279,7 +297,7 @@ class Session(WebSocket):
 
     def eof_received(self) -> bool:
         """The client has closed its side. Thousands may do so at once: the transport is closed when its turn comes."""
-        self.closing = True
+        self._stop()
         self._handler.end(self)
         return True
 

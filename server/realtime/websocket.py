@@ -118,12 +118,16 @@ class WebSocket(asyncio.Protocol):
         if self.closing or self._transport is None:
             return
         self._transport.write(encode(CLOSE, code.to_bytes(2)))
-        self.closing = True
+        self._stop()
         asyncio.get_running_loop().call_later(CLOSE_TIMEOUT_S, self.abort)
+
+    def _stop(self) -> None:
+        """From here on nothing more is sent."""
+        self.closing = True
 
     def abort(self) -> None:
         """End the transport at once; what was not sent yet is dropped."""
-        self.closing = True
+        self._stop()
         if self._transport is not None:
             self._transport.abort()
 
@@ -144,7 +148,7 @@ class WebSocket(asyncio.Protocol):
     # receiving
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.closing = True
+        self._stop()
         self._transport = None
         self._buffer = b""
         self.on_close()
@@ -231,7 +235,7 @@ class WebSocket(asyncio.Protocol):
 
     def _end(self) -> None:
         """Close the transport after what was sent, for which a peer that reads nothing has CLOSE_TIMEOUT_S."""
-        self.closing = True
+        self._stop()
         if self._transport is not None:
             self._transport.close()
             asyncio.get_running_loop().call_later(CLOSE_TIMEOUT_S, self.abort)

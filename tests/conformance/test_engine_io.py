@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 
+from models.user import Actor, Role
 from server import metrics
-from server.realtime.connections import Frame
+from server.realtime.connections import Connection, Frame
 from server.realtime.transports import EngineServer
 from tests.conformance.serve import CONNECT_TIMEOUT_S, LIMITS, engine_io
 from tests.conformance.wire import Door, serving
@@ -478,3 +479,44 @@ async def test_a_pong_that_nobody_asked_for_proves_nothing() -> None:
         await socket.send("4y")
         assert await socket.text() == "4y"
         assert received == [1], "only its own answer, which came with the last read"
+
+
+@pytest.mark.parametrize("end", ["close", "abort", "peer"])
+async def test_the_short_way_is_open_while_the_client_keeps_up_and_never_after_the_end(end: str) -> None:
+    server = engine_io()
+    async with serving(server, "/engine.io/") as door, door.websocket() as socket:
+        sid = json.loads((await socket.text())[1:])["sid"]
+        session = server.sockets[sid]
+        connection = session.connection = Connection("c", session, Actor(sub="c1", role=Role.CUSTOMER, exp=2e9))
+        told: list[bool] = []
+        connection.on_rewire = lambda one: told.append(one.write is not None)
+        connection.rewire()
+        session.pause_writing()
+        session.resume_writing()
+        assert told == [True, False, True]
+        if end == "close":
+            session.hang_up()
+        elif end == "abort":
+            session.abort()
+        else:
+            await socket.socket.close()
+            await until(lambda: session.closing, "the server has noticed")
+        assert connection.write is None
+        assert told[3] is False
+        session.connection = None  # as the engine does before it lets go of a session
+
+
+async def test_the_short_way_follows_an_upgrade() -> None:
+    server = engine_io()
+    async with serving(server, "/engine.io/") as door:
+        client = await door.poller()
+        session = server.sockets[client.greeting["sid"]]
+        connection = session.connection = Connection("c", session, Actor(sub="c1", role=Role.CUSTOMER, exp=2e9))
+        connection.rewire()
+        async with door.websocket(client.probe) as socket:
+            await client.upgrade(socket)
+            await until(lambda: session.upgraded, "the session is on the WebSocket")
+            assert connection.write is not None
+            connection.write(Frame("over the WebSocket").wire)
+            assert await socket.text() == "4over the WebSocket"
+        session.connection = None

@@ -49,6 +49,10 @@ class Client:
 
     def when_received(self, callback: Callable[[], None]) -> None: ...
 
+    @property
+    def direct(self) -> None:
+        return None
+
     def hang_up(self) -> None:
         self._story.append(("left", self._name, None))
 

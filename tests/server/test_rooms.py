@@ -6,7 +6,7 @@ import asyncio
 import datetime as dt
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -46,6 +46,13 @@ class Wire:
 
     def __init__(self) -> None:
         self.sent: deque[Frame] = deque()
+        self.written: list[bytes] = []
+        """What was put on the transport past `send_latest`."""
+        self.keeps_up = False
+
+    @property
+    def direct(self) -> Callable[[bytes], object] | None:
+        return self.written.append if self.keeps_up else None
 
     def send_frame(self, message: Frame) -> None:
         self.sent.append(message)
@@ -797,3 +804,54 @@ async def test_what_a_member_is_owed_it_gets_when_it_never_gets_in() -> None:
             house.rooms.settle(room, member, 5, 0)
         house.rooms.leave(client.connection, KEY)
         assert (told in client.frames()) is not gets_in
+
+
+# the short way of positions
+
+
+@effort(max_examples=300, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["show", "show", "join", "settle", "leave", "turn", "push"]), st.integers(0, 3)),
+        max_size=40,
+    )
+)
+def test_a_position_reaches_whoever_is_settled_by_the_way_that_is_open(steps: list[tuple[str, int]]) -> None:
+    """By its transport's own write while it keeps up, else by `send_latest`; never twice, never to its own pusher, to
+    one that is still joining, or to one that has left."""
+
+    async def live() -> None:
+        house = House()
+        house.commit(epoch=1)
+        anchor = Client("anchor")
+        house.subscribe(anchor)
+        clients = [Client(f"client {number}") for number in range(4)]
+        joining: dict[int, Any] = {}
+        settled: set[int] = set()
+        for ts, (step, number) in enumerate(steps, start=1):
+            client = clients[number]
+            if step == "join":
+                joining[number] = house.rooms.join(client.connection, KEY, client.view)
+                settled.discard(number)
+            elif step == "settle" and number in joining:
+                room, member = joining.pop(number)
+                house.rooms.settle(room, member, house.top(), house.epoch())
+                settled.add(number)
+            elif step == "leave":
+                house.rooms.leave(client.connection, KEY)
+                joining.pop(number, None)
+                settled.discard(number)
+            elif step == "turn":
+                client.wire.keeps_up = not client.wire.keeps_up
+                client.connection.rewire()
+            elif step in ("show", "push"):
+                house.position(1, ts, origin=client.connection.id if step == "push" else "-")
+                for n, each in enumerate(clients):
+                    found = len(each.wire.written), len(each.wire.sent)
+                    hears = n in settled and not (step == "push" and n == number)
+                    directly = each.wire.keeps_up and not (step == "push" and number in settled | set(joining))
+                    assert found == ((1, 0) if hears and directly else (0, 1) if hears else (0, 0)), (step, n, number)
+                    each.wire.written.clear()
+                    each.wire.sent.clear()
+
+    asyncio.run(live())

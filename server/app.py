@@ -241,6 +241,7 @@ class Process:
     async def _wait_for_schema(self) -> None:
         await self.database.reached.wait()
         wanted = migrate.head()
+        told = False
         while True:
             try:
                 if self._migrates:
@@ -248,6 +249,9 @@ class Process:
                 async with self.database.statement() as tx:
                     if await migrate.at_head(tx, wanted):
                         break
+                if not told:
+                    told = True
+                    log.warning("schema_behind", wanted=wanted, remedy="python -m server migrate")
             except (Unavailable, OSError, asyncpg.PostgresError):
                 log.warning("schema_not_reached")
             await asyncio.sleep(SCHEMA_POLL_S)

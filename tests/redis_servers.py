@@ -116,6 +116,7 @@ class RedisCluster:
             self.ports.append(port)
             own = ["--cluster-enabled", "yes", "--cluster-node-timeout", str(NODE_TIMEOUT_MS)]
             own += ["--repl-diskless-sync-delay", "0"]  # a replica need not wait for others
+            own += ["--cluster-allow-replica-migration", "no"]  # who gives its last slot away stays a primary
             if encrypted:
                 own += ["--tls-port", str(port), "--tls-cluster", "yes", "--tls-replication", "yes"]
             plain = None if encrypted else port

@@ -30,12 +30,26 @@ class Malformed(Refused):
     code, status, title = "malformed", 400, "The request cannot be read"
 
 
+class BadSignature(Refused):
+    code, status, title = "bad_signature", 400, "The webhook is not signed as it should be"
+
+
 class Unauthenticated(Refused):
     code, status, title = "unauthenticated", 401, "The token is missing or not accepted"
 
 
+class PaymentDeclined(Refused):
+    """The payer's bank said no. `failure`: why, in the gateway's words."""
+
+    code, status, title = "payment_declined", 402, "The payment was declined"
+
+
 class Forbidden(Refused):
     code, status, title = "forbidden", 403, "The role does not allow this"
+
+
+class ApprovalRequired(Refused):
+    code, status, title = "approval_required", 403, "Somebody with more rights must do this"
 
 
 class NotFound(Refused):
@@ -72,6 +86,36 @@ class PaymentRequired(Refused):
         super().__init__(detail, due=due)
 
 
+class PaymentInProgress(Refused):
+    """`paymentId`: the payment whose money is moving."""
+
+    code, status, title = "payment_in_progress", 409, "Another payment is under way"
+    members: ClassVar[dict[str, Any]] = {"paymentId": str}
+
+    def __init__(self, detail: str, payment_id: str) -> None:
+        super().__init__(detail, paymentId=payment_id)
+
+
+class AlreadyPaid(Refused):
+    code, status, title = "already_paid", 409, "Nothing is due"
+
+
+class MoneyMoved(Refused):
+    """What has moved money is never undone by forgetting it."""
+
+    code, status, title = "money_moved", 409, "Money has moved"
+
+
+class NotRefundable(Refused):
+    """`refundable`: what may still be refunded, in minor units of the payment's currency."""
+
+    code, status, title = "not_refundable", 409, "There is not so much to refund"
+    members: ClassVar[dict[str, Any]] = {"refundable": int}
+
+    def __init__(self, detail: str, refundable: int) -> None:
+        super().__init__(detail, refundable=refundable)
+
+
 class LinkExpired(Refused):
     code, status, title = "link_expired", 410, "The link has ended"
 
@@ -96,6 +140,24 @@ class Invalid(Refused):
 
 class IdempotencyMismatch(Refused):
     code, status, title = "idempotency_mismatch", 422, "The Idempotency-Key was used for another request"
+
+
+class InvalidSignature(Refused):
+    """The checkout's signature does not belong to this payment."""
+
+    code, status, title = "invalid_signature", 422, "The signature is wrong"
+
+
+class AmountMismatch(Refused):
+    code, status, title = "amount_mismatch", 422, "The amount is not what is due"
+
+
+class CurrencyMismatch(Refused):
+    code, status, title = "currency_mismatch", 422, "The currency is not the order's"
+
+
+class AmountTooSmall(Refused):
+    code, status, title = "amount_too_small", 422, "The gateway does not take so small an amount"
 
 
 class Stale(Refused):
@@ -130,6 +192,12 @@ class RateLimited(Refused):
 
     def __init__(self, detail: str, retry_after_ms: int) -> None:
         super().__init__(detail, retryAfterMs=retry_after_ms)
+
+
+class GatewayError(Refused):
+    """The gateway said no, or was not reached: surely nothing happened."""
+
+    code, status, title = "gateway_error", 502, "The payment gateway refused"
 
 
 class Unavailable(Refused):

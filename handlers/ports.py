@@ -123,7 +123,7 @@ class Confirmed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NewRefund(msgspec.Struct, frozen=True, kw_only=True):
-    """A refund as a gateway is asked to make it. `refund_id` (ours) is the idempotency key and is echoed in its news."""
+    """A refund that a gateway is asked for. `refund_id` (ours) is the idempotency key and comes back in its news."""
 
     refund_id: str
     payment: Known
@@ -145,8 +145,8 @@ class Movement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
-    """A webhook whose signature is right. `event_id` is the gateway's, the same for every repeat; `kind` its event type;
-    `refs` the gateway ids that it speaks of, so that it is found again when one of them becomes known."""
+    """A webhook whose signature is right. `event_id` is the gateway's, the same for every repeat; `kind` its event
+    type; `refs` the gateway ids that it speaks of, so that it is found again when one of them becomes known."""
 
     event_id: str
     kind: str
@@ -178,8 +178,8 @@ class Gateway(Protocol):
     async def capture(self, known: Known, amount: int, currency: str) -> News: ...
 
     async def cancel(self, known: Known) -> Sequence[News]:
-        """Let nobody pay it any more, where the gateway can do that; the fresh news either way. Razorpay cannot: its news
-        is CANCELLED, unless money is moving."""
+        """Let nobody pay it any more, where the gateway can do that; the fresh news either way. Razorpay cannot: its
+        news is CANCELLED, unless money is moving."""
         ...
 
     async def confirm(self, known: Known, payment_method_id: str, return_url: str) -> Confirmed:

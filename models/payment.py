@@ -1,8 +1,8 @@
 """A payment: its tables, its ladder, and what the world may say of it.
 
-One payment is one gateway order (Razorpay) or intent (Stripe) with many attempts, or one handing over of cash. Callback,
-webhook, reconciliation and staff all speak of it in the same words: `News`. News is a snapshot, never a command: it may be
-late, repeated or out of order, so `after` says for every status and every report what becomes of it.
+One payment is one gateway order (Razorpay) or intent (Stripe) with many attempts, or one handover of cash. Callback,
+webhook, reconciliation and staff all speak of it in the same words: `News`. News is a snapshot, never a command: it may
+be late, repeated or out of order, so `after` says for every status and every report what becomes of it.
 """
 
 from __future__ import annotations
@@ -171,8 +171,8 @@ class News(msgspec.Struct, frozen=True, kw_only=True):
 def after(status: PaymentStatus, report: Report, fresh: bool) -> PaymentStatus:
     """The status after news that moves no money; a capture is booked by the settle path.
 
-    The source of each line is the contract's ladder (section 6) and how the gateways behave: a failed attempt at Razorpay
-    may be authorized later, and a message about it may arrive after the one that says so.
+    The source of each line is the contract's ladder (section 6) and how the gateways behave: a failed attempt at
+    Razorpay may be authorized later, and a message about it may arrive after the one that says so.
     """
     if report is Report.PENDING and status is P.UNKNOWN:
         return P.PENDING  # the creation that nobody knew of has happened, and nobody has paid

@@ -98,7 +98,7 @@ class Report(StrEnum):
     UNKNOWN = "unknown"
 
 
-class Failure(View, frozen=True):
+class Failure(View):
     """Why an attempt failed. `code` is the gateway's; `retryable`: trying again may help."""
 
     code: str

@@ -123,15 +123,22 @@ class Confirmed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NewRefund(msgspec.Struct, frozen=True, kw_only=True):
-    """A refund that a gateway is asked for. `refund_id` (ours) is the idempotency key and comes back in its news."""
+    """A refund that a gateway is asked for. `refund_id` is ours and comes back in its news; `attempt` counts how often it
+    was begun anew after it had failed."""
 
     refund_id: str
+    attempt: int = 0
     payment: Known
     capture_key: str
     """Which money: key of the row of `captures` (Razorpay's payment, Stripe's intent)."""
     amount: int
     currency: str
     reason: str
+
+    @property
+    def key(self) -> str:
+        """The idempotency key: the same again is the same refund. Letters, digits and `-` only."""
+        return f"{self.refund_id}-{self.attempt}"
 
 
 class Movement(msgspec.Struct, frozen=True, kw_only=True):

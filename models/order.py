@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Protocol
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
-from sqlalchemy import BigInteger, Column, ForeignKey, Identity, Index, Integer, Table, Text, Uuid, text
+from sqlalchemy import BigInteger, Boolean, Column, ForeignKey, Identity, Index, Integer, Table, Text, Uuid, text
 
 from models.address import Address, Contact
 from models.base import (
@@ -51,6 +51,11 @@ orders = Table(
     Column("total", BigInteger, nullable=False),
     Column("paid", BigInteger, nullable=False, server_default=text("0")),
     Column("refunded", BigInteger, nullable=False, server_default=text("0")),
+    # whether somebody is trying to pay: a payment is processing, authorized or unknown
+    Column("paying", Boolean, nullable=False, server_default=text("false")),
+    # when it is cancelled unless the money comes, and when it was
+    Column("expires_at", UtcTime),
+    Column("expired_at", UtcTime),
     Column("delivery_address", Text),
     Column("contact", Text),
     Column("billing", Text),
@@ -67,6 +72,7 @@ orders = Table(
     Index("ix_orders_customer", "customer_id", text("created_at desc"), text("id desc")),
     Index("ix_orders_agent", "agent_id", text("created_at desc"), text("id desc")),
     Index("ix_orders_status", "status", text("created_at desc"), text("id desc")),
+    Index("ix_orders_expiring", "expires_at", postgresql_where=text("status = 'pending'")),
 )
 
 order_lines = Table(

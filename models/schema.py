@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from models import event, inbox, link, order, position, user
+from models import audit, event, inbox, ledger, link, order, payment, position, refund, user
 from models.base import metadata
 
-__all__ = ["event", "inbox", "link", "metadata", "order", "position", "user"]
+__all__ = [
+    "audit",
+    "event",
+    "inbox",
+    "ledger",
+    "link",
+    "metadata",
+    "order",
+    "payment",
+    "position",
+    "refund",
+    "user",
+]

@@ -1,0 +1,144 @@
+"""A refund: its tables, its states, and how much of a line or of a payment may go back."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    text,
+)
+
+from models.base import Amount, Time, UtcTime, UuidText, View, metadata
+from models.payment import Failure, RefundReport
+
+
+class RefundStatus(StrEnum):
+    PENDING = "pending"
+    """Reserved: the gateway has not been asked, or it must be asked again."""
+    PROCESSING = "processing"
+    """Asked, and not yet settled; also when nobody knows whether the asking arrived."""
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    """The money is still owed: it stays reserved until somebody retries it or settles it by hand."""
+
+
+class Cause(StrEnum):
+    """Why money goes back by itself: the `reason` of `paymentUpdate`."""
+
+    LATE = "late_refunded"
+    DUPLICATE = "duplicate_refunded"
+    MISMATCH = "mismatch_refunded"
+
+
+class Channel(StrEnum):
+    ORIGINAL = "original"
+    MANUAL = "manual"
+    """Paid back by other means, cash from the till or a bank transfer, and noted here with its reference."""
+
+
+refunds = Table(
+    "refunds",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("order_id", Uuid, ForeignKey("orders.id"), nullable=False),
+    Column("payment_id", Uuid, ForeignKey("payments.id"), nullable=False),
+    Column("provider", Text, nullable=False),
+    # which money: key of `captures`
+    Column("capture_key", Text, nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    Column("currency", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("cause", Text),
+    # how much of it had been applied to the order; the rest was too much from the beginning
+    Column("applied", BigInteger, nullable=False),
+    # how much of it is for delivery
+    Column("delivery", BigInteger, nullable=False, server_default=text("0")),
+    Column("channel", Text, nullable=False, server_default=text("'original'")),
+    Column("reference", Text),
+    Column("gateway_refund_id", Text),
+    # how often it was begun anew after it had failed: each is another refund for the gateway
+    Column("attempt", Integer, nullable=False, server_default=text("0")),
+    Column("failure", Text),
+    Column("requested_by", Text),
+    Column("created_at", UtcTime, nullable=False),
+    Column("updated_at", UtcTime, nullable=False),
+    Column("settled_at", UtcTime),
+    UniqueConstraint("provider", "gateway_refund_id", name="uq_refunds_gateway_refund"),
+    CheckConstraint("amount > 0 and applied >= 0 and applied <= amount", name="amounts"),
+    Index("ix_refunds_payment", "payment_id"),
+    Index("ix_refunds_order", "order_id"),
+    Index("ix_refunds_settled", "settled_at"),
+)
+
+refund_lines = Table(
+    "refund_lines",
+    metadata,
+    Column("refund_id", Uuid, ForeignKey("refunds.id"), primary_key=True),
+    Column("position", Integer, primary_key=True),
+    Column("quantity", Integer, nullable=False),
+    Column("amount", BigInteger, nullable=False),
+)
+
+
+class RefundedLine(View):
+    line_id: str
+    quantity: int
+    amount: Amount
+
+
+class Refund(View):
+    """A refund as those see it who see its payment."""
+
+    id: UuidText
+    payment_id: UuidText
+    order_id: UuidText
+    amount: Amount
+    currency: str
+    status: RefundStatus
+    reason: str
+    channel: Channel
+    created_at: Time
+    cause: Annotated[Cause | None, Meta(description="why it went back by itself")] = None
+    lines: list[RefundedLine] | None = None
+    reference: str | None = None
+    failure: Failure | None = None
+    settled_at: Time | None = None
+
+
+def after(status: RefundStatus, report: RefundReport) -> RefundStatus:
+    """The status after news. A gateway may take a success back (succeeded to failed), and a repeat of an older message
+    never undoes what is settled."""
+    if report is RefundReport.PROCESSING:
+        return RefundStatus.PROCESSING if status is RefundStatus.PENDING else status
+    if report is RefundReport.SUCCEEDED:
+        # a refund that failed has ended: what succeeds after that is a new one
+        return status if status is RefundStatus.FAILED else RefundStatus.SUCCEEDED
+    return RefundStatus.FAILED
+
+
+class Money(msgspec.Struct, frozen=True):
+    """What came of one payment and where it is, in minor units of one currency."""
+
+    captured: int
+    refunded: int
+    reserved: int
+    disputed: int
+
+    @property
+    def refundable(self) -> int:
+        """Never more than came and is neither back, nor on its way back, nor in dispute."""
+        return max(0, self.captured - self.refunded - self.reserved - self.disputed)

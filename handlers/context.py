@@ -33,6 +33,15 @@ class Tx(Protocol):
     """
 
     told: list[Told]
+    request_id: str | None
+    """Of the request that this serves, for the audit log."""
+
+    def atomically(self) -> None:
+        """Make what follows one transaction, also where the door opened one for a single statement.
+
+        Call it before the first statement.
+        """
+        ...
 
     def now(self) -> dt.datetime:
         """Aware UTC, in whole milliseconds."""

@@ -123,8 +123,8 @@ class Confirmed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NewRefund(msgspec.Struct, frozen=True, kw_only=True):
-    """A refund that a gateway is asked for. `refund_id` is ours and comes back in its news; `attempt` counts how often it
-    was begun anew after it had failed."""
+    """A refund that a gateway is asked for. `refund_id` is ours and comes back in its news; `attempt` counts how often
+    it was begun anew after it had failed."""
 
     refund_id: str
     attempt: int = 0

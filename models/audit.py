@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import BigInteger, Column, Identity, Index, Table, Text
 
-from models.base import UtcTime, metadata
+from models.base import UtcTime, add_only, metadata
 
 audit = Table(
     "audit",
@@ -25,3 +25,5 @@ audit = Table(
     Index("ix_audit_actor", "actor", "id"),
     Index("ix_audit_at", "at"),
 )
+
+add_only(audit)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Meta
-from sqlalchemy import DateTime, MetaData
+from sqlalchemy import DDL, DateTime, MetaData, Table, event
 
 from models.money import MINOR_UNITS_MAX
 
@@ -22,6 +22,21 @@ metadata = MetaData(
 )
 
 UtcTime = DateTime(timezone=True)
+
+REFUSE_CHANGE = """
+create or replace function refuse_change() returns trigger language plpgsql as $$
+begin
+    raise exception 'rows of % are only ever added', tg_table_name;
+end $$"""
+
+
+def add_only(table: Table) -> None:
+    """Let the database itself refuse to change or delete rows of the table."""
+    row = f"create trigger {table.name}_add_only before update or delete on {table.name} for each row"
+    whole = f"create trigger {table.name}_not_emptied before truncate on {table.name}"
+    for ddl in (REFUSE_CHANGE.replace("%", "%%"), f"{row} execute function refuse_change()"):
+        event.listen(table, "after_create", DDL(ddl))  # type: ignore[no-untyped-call]
+    event.listen(table, "after_create", DDL(f"{whole} execute function refuse_change()"))  # type: ignore[no-untyped-call]
 
 
 def rfc3339(at: dt.datetime) -> str:

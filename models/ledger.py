@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sqlalchemy import BigInteger, CheckConstraint, Column, Identity, Index, Table, Text, Uuid
+from sqlalchemy import DDL, BigInteger, CheckConstraint, Column, Identity, Index, Table, Text, Uuid, event
 
-from models.base import UtcTime, metadata
+from models.base import UtcTime, add_only, metadata
 from models.payment import Provider
 
 ledger_rows = Table(
@@ -33,6 +33,25 @@ ledger_rows = Table(
     Index("ix_ledger_rows_account", "account", "currency", "id"),
     Index("ix_ledger_rows_order", "order_id"),
 )
+
+add_only(ledger_rows)
+
+BALANCE = """
+create function refuse_unbalanced() returns trigger language plpgsql as $$
+begin
+    if exists (select from ledger_rows where entry = new.entry group by currency having sum(amount) <> 0) then
+        raise exception 'the ledger entry % does not balance', new.entry;
+    end if;
+    return null;
+end $$"""
+"""The rows of an entry come in one transaction; when it commits, they must sum to zero in each currency."""
+
+BALANCE_TRIGGER = """
+create constraint trigger ledger_rows_balance after insert on ledger_rows deferrable initially deferred
+    for each row execute function refuse_unbalanced()"""
+
+for _ddl in (BALANCE, BALANCE_TRIGGER):
+    event.listen(ledger_rows, "after_create", DDL(_ddl.replace("%", "%%")))  # type: ignore[no-untyped-call]
 
 ORDER_RECEIVABLE = "order_receivable"
 """What orders owe us, less what was paid for them."""

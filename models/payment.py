@@ -27,7 +27,7 @@ from sqlalchemy import (
     text,
 )
 
-from models.base import Amount, Time, UtcTime, UuidText, View, metadata
+from models.base import Amount, Time, UtcTime, UuidText, View, add_only, metadata
 
 
 class Provider(StrEnum):
@@ -300,6 +300,8 @@ payment_inputs = Table(
     Column("detail", Text, nullable=False),
     Index("ix_payment_inputs_payment", "payment_id", "id"),
 )
+
+add_only(payment_inputs)
 
 lifecycle_events = Table(
     "lifecycle_events",

@@ -57,10 +57,15 @@ class Transaction:
 
     def __init__(self, database: Database, atomic: bool) -> None:
         self.told: list[Told] = []
+        self.request_id: str | None = structlog.contextvars.get_contextvars().get("request_id")
         self._database = database
         self._atomic = atomic
         self._connection: Any = None
         self._block: Any = None
+
+    def atomically(self) -> None:
+        assert self._connection is None or self._block is not None, "the first statement has been committed"
+        self._atomic = True
 
     def now(self) -> dt.datetime:
         return self._database.clock()

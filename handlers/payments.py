@@ -34,7 +34,18 @@ from handlers.ports import (
     Once,
     Transactions,
 )
-from handlers.settlement import Book, House, OrderMoney, PaymentRow, open_book, open_order, read_row, settle, view
+from handlers.settlement import (
+    Book,
+    House,
+    OrderMoney,
+    PaymentRow,
+    UnknownPayment,
+    open_book,
+    open_order,
+    read_row,
+    settle,
+    view,
+)
 from models.base import LongText, Strict, Words
 from models.errors import (
     AlreadyPaid,
@@ -92,7 +103,7 @@ class Desk(NamedTuple):
     house: House
 
 
-MajorAmount = Annotated[int, Meta(ge=1, le=MINOR_UNITS_MAX, description="minor units of `currency`: 12000 is ₹120")]
+AskedAmount = Annotated[int, Meta(ge=1, le=MINOR_UNITS_MAX, description="minor units of `currency`: 12000 is ₹120")]
 CurrencyCode = Annotated[str, Meta(min_length=3, max_length=3, description="ISO 4217")]
 Address = Annotated[str, Meta(min_length=8, max_length=2000, pattern=Words, description="http:// or https://")]
 GatewayId = Annotated[str, Meta(min_length=1, max_length=200, pattern="^[!-~]+\\Z")]
@@ -127,7 +138,7 @@ class StartPayment(Strict):
         Annotated[Literal["razorpay", "stripe"], Meta(description="the first one offered, when none is named")]
         | UnsetType
     ) = UNSET
-    amount: MajorAmount | UnsetType = UNSET
+    amount: AskedAmount | UnsetType = UNSET
     currency: CurrencyCode | UnsetType = UNSET
     capture: (
         Annotated[Capture, Meta(description="manual: staff captures what was authorized; for staff and services")]
@@ -169,7 +180,7 @@ class ConfirmPayment(Strict):
 class CapturePayment(Strict):
     SCHEMA: ClassVar[dict[str, Any]] = {"examples": [{"amount": 25200, "currency": "INR"}]}
 
-    amount: MajorAmount
+    amount: AskedAmount
     currency: CurrencyCode
 
 
@@ -470,13 +481,11 @@ async def _withdraw(desk: Desk, actor: Actor, row: PaymentRow) -> None:
             news = await gateway.cancel(known(row))
         except GatewayFailed:
             pass  # a job asks again
-    async with desk.transactions() as tx:
-        for one in news:
-            await settle(tx, one, source_of(actor), desk.house, actor=actor, payment_id=str(row.id))
-        if not news:
-            await enqueue(tx, "cancel_payment", str(row.id))
-        if not news or news[-1].report is Report.PENDING:
+    after = await _settle_all(desk, str(row.id), news, source_of(actor), actor)
+    if after.status is P.PENDING:
+        async with desk.transactions() as tx:
             await _supersede(tx, row, actor)
+            await enqueue(tx, "cancel_payment", str(row.id))
 
 
 async def _create(desk: Desk, actor: Actor, found: _Found) -> Done:
@@ -666,9 +675,13 @@ def _proof(gateways: Gateways, row: PaymentRow, cmd: VerifyPayment) -> str | Non
 async def _settle_all(
     desk: Desk, payment_id: str, news: Sequence[News], source: Source, actor: Actor | None
 ) -> PaymentRow:
+    """Raises GatewayError: it spoke of another payment."""
     async with desk.transactions() as tx:
-        for one in news:
-            await settle(tx, one, source, desk.house, actor=actor, payment_id=payment_id)
+        try:
+            for one in news:
+                await settle(tx, one, source, desk.house, actor=actor, payment_id=payment_id)
+        except UnknownPayment as error:
+            raise GatewayError(f"The gateway was asked about one payment, and answered otherwise: {error}.") from error
         row = await tx.one(READ, uuid.UUID(payment_id))
     assert row is not None
     return read_row(row)
@@ -827,9 +840,11 @@ async def _cancel(desk: Desk, once: Once, actor: Actor, payment_id: str, action:
         if row.status is P.CANCELLED:
             return Done(200, view(row))
         await _audit(tx, actor, action, row, {"status": row.status}, None)
-        if row.gateway_order_id is None or (row.provider is Provider.RAZORPAY and row.status is P.PENDING):
-            # nobody was given anything to pay with, or the gateway has no way to withdraw it: money is judged when it
-            # comes
+        if row.gateway_order_id is None or (
+            action == "cancel" and row.provider is Provider.RAZORPAY and row.status is P.PENDING
+        ):
+            # nobody was given anything to pay with, or Razorpay, which withdraws nothing, need not be asked: should
+            # money come all the same, it is judged then
             news = News(provider=row.provider, gateway_order_id=None, report=Report.CANCELLED)
             book.report(news, desk.house.terms)
             await book.close(source_of(actor), action, {}, actor=actor)

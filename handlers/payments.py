@@ -18,7 +18,6 @@ from msgspec import UNSET, Meta, UnsetType
 from handlers import audit
 from handlers.context import Tx
 from handlers.jobs import enqueue
-from handlers.orders import SEEN, order_uuid
 from handlers.ports import (
     Confirmed,
     Created,
@@ -41,7 +40,6 @@ from handlers.settlement import (
     PaymentRow,
     UnknownPayment,
     open_book,
-    open_order,
     read_row,
     settle,
     view,
@@ -63,11 +61,10 @@ from models.errors import (
     Unavailable,
 )
 from models.money import MINOR_UNITS_MAX
-from models.order import Status, check_currency, may_see, require_role, sight
+from models.order import Status, check_currency, may_see, require_role
 from models.payment import (
     GATEWAYS,
     OPEN,
-    Capture,
     Failure,
     News,
     Payment,
@@ -81,14 +78,8 @@ from models.user import BACK_OFFICE, STAFF, Actor, Role
 PAYERS = frozenset({Role.CUSTOMER, Role.GUEST})
 """Who pays: the owner of the order, or a guest that was sent a payment link."""
 
-OFFERED = (Provider.RAZORPAY, Provider.STRIPE)
-"""Which provider is taken when none is named: the first one of these that is offered."""
-
 CLOSED = frozenset({Status.CANCELLED, Status.RETURNED})
 """Orders that nobody pays any more. What was delivered unpaid can still be paid."""
-
-WITHDRAWALS_MAX = 3
-"""How many open payments of other providers one start cancels before it gives up."""
 
 P = PaymentStatus
 PAYABLE = frozenset({P.PENDING, P.PROCESSING})
@@ -115,38 +106,6 @@ Metadata = Annotated[
     ],
     Meta(max_length=15, description="what the merchant wants to remember: 15 pairs of texts at most"),
 ]
-
-
-class StartPayment(Strict):
-    """`amount` is what is due unless staff or a service ask for less; whoever names an amount names its currency."""
-
-    SCHEMA: ClassVar[dict[str, Any]] = {
-        "examples": [
-            {"orderId": "0d1b6c1e-6a3f-4f0e-9a52-0b8a4a1f7f10"},
-            {
-                "orderId": "0d1b6c1e-6a3f-4f0e-9a52-0b8a4a1f7f10",
-                "provider": "razorpay",
-                "amount": 25200,
-                "currency": "INR",
-                "returnUrl": "https://shop.example/thanks",
-            },
-        ]
-    }
-
-    order_id: Annotated[str, Meta(extra_json_schema={"format": "uuid"})]
-    provider: (
-        Annotated[Literal["razorpay", "stripe"], Meta(description="the first one offered, when none is named")]
-        | UnsetType
-    ) = UNSET
-    amount: AskedAmount | UnsetType = UNSET
-    currency: CurrencyCode | UnsetType = UNSET
-    capture: (
-        Annotated[Capture, Meta(description="manual: staff captures what was authorized; for staff and services")]
-        | UnsetType
-    ) = UNSET
-    return_url: Address | UnsetType = UNSET
-    description: Description | UnsetType = UNSET
-    metadata: Metadata | UnsetType = UNSET
 
 
 class VerifyPayment(Strict):
@@ -200,22 +159,10 @@ class AnnotatePayment(Strict):
 # who may
 
 
-ORDER_SEEN = f"select 1 from orders o where o.id = $1 and {SEEN}"
 READ = "select * from payments where id = $1"
 
 
-async def permit_start(tx: Tx, actor: Actor, cmd: StartPayment) -> None:
-    """Raises NotFound, Forbidden: the actor may not pay for this order."""
-    _require(actor, BACK_OFFICE | PAYERS, "pay for orders")
-    seen = sight(actor, cmd.order_id)
-    row = await tx.one(ORDER_SEEN, order_uuid(cmd.order_id), seen.all, seen.customer, seen.agent)
-    if row is None:
-        raise NotFound("There is no such order.")
-    if cmd.capture is Capture.MANUAL:
-        require_role(actor, BACK_OFFICE, "ask for a payment that is captured by hand")
-
-
-def _require(actor: Actor, allowed: frozenset[Role], doing: str) -> None:
+def require(actor: Actor, allowed: frozenset[Role], doing: str) -> None:
     """Raises Forbidden: the role never does this, or it is a guest that only looks."""
     require_role(actor, allowed, doing)
     if actor.tracks_only:
@@ -223,39 +170,47 @@ def _require(actor: Actor, allowed: frozenset[Role], doing: str) -> None:
 
 
 async def permit_payer(tx: Tx, actor: Actor, payment_id: str, *_: object) -> PaymentRow:
-    return await _permit(tx, actor, payment_id, PAYERS, "say that a payment was made")
+    return await permit(tx, actor, payment_id, PAYERS, "say that a payment was made")
 
 
 async def permit_back_office(tx: Tx, actor: Actor, payment_id: str, *_: object) -> PaymentRow:
-    return await _permit(tx, actor, payment_id, BACK_OFFICE, "capture payments")
+    return await permit(tx, actor, payment_id, BACK_OFFICE, "capture payments")
 
 
 async def permit_all(tx: Tx, actor: Actor, payment_id: str, *_: object) -> PaymentRow:
-    return await _permit(tx, actor, payment_id, BACK_OFFICE | PAYERS, "see payments")
+    return await permit(tx, actor, payment_id, BACK_OFFICE | PAYERS, "see payments")
 
 
 async def permit_staff(tx: Tx, actor: Actor, payment_id: str, *_: object) -> PaymentRow:
-    return await _permit(tx, actor, payment_id, STAFF, "reconcile payments")
+    return await permit(tx, actor, payment_id, STAFF, "reconcile payments")
 
 
-async def _permit(tx: Tx, actor: Actor, payment_id: str, allowed: frozenset[Role], doing: str) -> PaymentRow:
+async def permit(tx: Tx, actor: Actor, payment_id: str, allowed: frozenset[Role], doing: str) -> PaymentRow:
     """The payment, if the actor's role may do this and the actor sees its order.
 
     Raises:
         NotFound, Forbidden.
     """
-    _require(actor, allowed, doing)
-    row = await tx.one(READ, uuid.UUID(payment_id))
+    require(actor, allowed, doing)
+    row = await tx.one(READ, payment_uuid(payment_id))
     if row is None or not may_see(actor, str(row["order_id"]), row["customer_id"], None):
         raise NotFound("There is no such payment.")
     return read_row(row)
+
+
+def payment_uuid(payment_id: str) -> uuid.UUID:
+    """Raises NotFound: a text that is no UUID names nothing."""
+    try:
+        return uuid.UUID(payment_id)
+    except ValueError:
+        raise NotFound("There is no such payment.") from None
 
 
 def source_of(actor: Actor) -> Source:
     return Source.STAFF if actor.role in BACK_OFFICE else Source.CLIENT
 
 
-async def _audit(tx: Tx, actor: Actor, action: str, row: PaymentRow, before: object, after: object) -> None:
+async def record(tx: Tx, actor: Actor, action: str, row: PaymentRow, before: object, after: object) -> None:
     """Keep what staff and services did; payers' doings are in the payment's history."""
     if actor.role in BACK_OFFICE:
         await audit.record(tx, actor, f"payment.{action}", f"payment:{row.id}", before, after)
@@ -288,232 +243,13 @@ def gateway_of(gateways: Gateways, provider: Provider) -> Gateway:
     return gateway
 
 
-def first_offered(gateways: Gateways) -> Provider:
-    """Raises Unavailable: none is."""
-    for provider in OFFERED:
-        if provider in gateways and gateways[provider].offered:
-            return provider
-    raise Unavailable("No payment provider is available now.")
-
-
 def as_refusal(error: GatewayFailed) -> GatewayError:
     if isinstance(error, GatewayRefused):
         return GatewayError(f"{error.provider} refused: {error.message} ({error.code})")
     return GatewayError(f"{error.provider} was not reached; nothing has happened.")
 
 
-# start
-
-
-class _Found(NamedTuple):
-    payment: PaymentRow
-    status: int
-    is_new: bool
-    """The gateway has never been asked for it."""
-
-
-OPEN_PAYMENTS = """
-select * from payments where order_id = $1 and provider in ('razorpay', 'stripe')
-and status in ('pending', 'processing', 'authorized', 'unknown') order by created_at, id"""
-
-
-async def start(desk: Desk, once: Once, actor: Actor, cmd: StartPayment) -> Done:
-    """Begin to pay for an order, or carry on the open payment of that provider and amount.
-
-    Raises:
-        OrderClosed, AlreadyPaid, AmountMismatch, CurrencyMismatch, AmountTooSmall, Invalid; PaymentInProgress: money of
-        another one is moving; Unavailable: the provider is not offered; GatewayError: it refused, or was not reached.
-    """
-    if not isinstance(cmd.return_url, UnsetType):
-        check_address(cmd.return_url)
-    for _ in range(1 + WITHDRAWALS_MAX):
-        async with desk.transactions() as tx:
-            found = await _open_payment(tx, desk, once, actor, cmd)
-        if isinstance(found, _Found):
-            return await _create(desk, actor, found)
-        await _withdraw(desk, actor, found)
-    raise Conflict("The payments of this order change all the time; try again.")
-
-
-async def _open_payment(tx: Tx, desk: Desk, once: Once, actor: Actor, cmd: StartPayment) -> _Found | PaymentRow:
-    """The payment that is carried on: the one that this key began, the open one, or a new one. A row alone is an open
-    intent of Stripe that must be cancelled first."""
-    begun = await once.begun(tx)
-    if begun:
-        row = await tx.one(READ, uuid.UUID(begun[0]))
-        assert row is not None, "payments are never deleted"
-        earlier = read_row(row)
-        if earlier.status in OPEN or earlier.gateway_order_id is not None:
-            return _Found(earlier, 201, is_new=False)
-        # else it came to nothing, and this is judged anew
-    book = await open_order(tx, cmd.order_id)
-    order = book.order
-    check_payable(order)
-    amount = _amount(actor, cmd, order)
-    provider = first_offered(desk.gateways) if isinstance(cmd.provider, UnsetType) else Provider(cmd.provider)
-    gateway_of(desk.gateways, provider).check_amount(amount, order.currency)
-    capture = Capture.AUTOMATIC if isinstance(cmd.capture, UnsetType) else cmd.capture
-    rows = [read_row(row) for row in await tx.all(OPEN_PAYMENTS, order.id)]
-    same = next((x for x in rows if (x.provider, x.amount, x.capture) == (provider, amount, capture)), None)
-    others = [row for row in rows if row is not same]
-    for other in others:
-        if other.status is not P.PENDING and other.gateway_order_id is not None:
-            raise PaymentInProgress(f"A payment by {other.provider} is under way.", str(other.id))
-    others = [row for row in others if not row.superseded]
-    for other in others:
-        if other.provider is Provider.STRIPE and other.gateway_order_id is not None:
-            return other
-    for other in others:
-        await _supersede(tx, other, actor)
-    if same is not None:
-        old = await open_book(tx, str(same.id))
-        if old.resume(desk.house.terms):
-            await old.close(source_of(actor), "resumed", {}, actor=actor)
-        await once.begin(tx, str(same.id))
-        return _Found(old.payment, 200, is_new=False)
-    row = _new_payment(tx, order, provider, amount, capture, cmd)
-    book.start(row, desk.house.terms)
-    await once.begin(tx, str(row.id))
-    detail = {"provider": provider, "amount": amount, "currency": order.currency, "capture": capture}
-    await book.close(source_of(actor), "started", detail, actor=actor)
-    await _audit(tx, actor, "start", row, None, {"orderId": cmd.order_id, **detail})
-    return _Found(row, 201, is_new=True)
-
-
-def check_payable(order: OrderMoney) -> None:
-    """Raises OrderClosed, AlreadyPaid."""
-    if order.status in CLOSED:
-        raise OrderClosed(f"The order is {order.status}; it cannot be paid any more.")
-    if order.due <= 0:
-        raise AlreadyPaid("Nothing is due for this order.")
-
-
-def _amount(actor: Actor, cmd: StartPayment, order: OrderMoney) -> int:
-    """What the payment is about, in minor units of the order's currency."""
-    if not isinstance(cmd.currency, UnsetType):
-        check_currency(cmd.currency)
-        if cmd.currency != order.currency:
-            raise CurrencyMismatch(f"The order is in {order.currency}.")
-    if isinstance(cmd.amount, UnsetType):
-        return order.due
-    if isinstance(cmd.currency, UnsetType):
-        raise Invalid("Whoever names an amount names its currency.", "/currency")
-    if cmd.amount > order.due:
-        raise AmountMismatch(f"No more than {order.due} is due.")
-    if cmd.amount < order.due and actor.role not in BACK_OFFICE:
-        raise AmountMismatch(f"{order.due} is due; only staff may ask for less.")
-    return cmd.amount
-
-
-def _new_payment(
-    tx: Tx, order: OrderMoney, provider: Provider, amount: int, capture: Capture, cmd: StartPayment
-) -> PaymentRow:
-    payment_id, now = tx.new_id(), tx.now()
-    return PaymentRow(
-        id=uuid.UUID(payment_id),
-        order_id=order.id,
-        customer_id=order.customer_id,
-        provider=provider,
-        status=P.PENDING,
-        amount=amount,
-        expected=amount,
-        currency=order.currency,
-        capture=capture,
-        reference=payment_id,
-        description=None if isinstance(cmd.description, UnsetType) else cmd.description,
-        metadata="{}" if isinstance(cmd.metadata, UnsetType) else msgspec.json.encode(cmd.metadata).decode(),
-        return_url=None if isinstance(cmd.return_url, UnsetType) else cmd.return_url,
-        created_at=now,
-        updated_at=now,
-        status_at=now,
-    )
-
-
-def check_address(url: str) -> None:
-    """Raises Invalid: not an address that a browser may be sent to."""
-    try:
-        parts = urlsplit(url)
-        fine = parts.scheme in ("http", "https") and bool(parts.hostname)
-    except ValueError:
-        fine = False
-    if not fine:
-        raise Invalid("Write an address that starts with https:// or http://.", "/returnUrl")
-
-
-async def _supersede(tx: Tx, row: PaymentRow, actor: Actor | None) -> None:
-    """Another payment takes its place. Money that comes all the same is judged by what is due then."""
-    book = await open_book(tx, str(row.id))
-    book.payment.superseded = True
-    await book.close(Source.SYSTEM if actor is None else source_of(actor), "superseded", {}, actor=actor)
-
-
-async def make_room(desk: Desk, actor: Actor, order_id: str) -> None:
-    """Let nobody pay this order by a gateway any more, so that it can be paid with cash: open intents of Stripe are
-    cancelled, what Razorpay still takes is superseded.
-
-    Raises:
-        PaymentInProgress: money is moving.
-    """
-    for _ in range(1 + WITHDRAWALS_MAX):
-        async with desk.transactions() as tx:
-            book = await open_order(tx, order_id)
-            rows = [read_row(row) for row in await tx.all(OPEN_PAYMENTS, book.order.id)]
-            for row in rows:
-                if row.status is not P.PENDING and row.gateway_order_id is not None:
-                    raise PaymentInProgress(f"A payment by {row.provider} is under way.", str(row.id))
-            rows = [row for row in rows if not row.superseded]
-            intent = next((x for x in rows if x.provider is Provider.STRIPE and x.gateway_order_id is not None), None)
-            if intent is None:
-                for row in rows:
-                    await _supersede(tx, row, actor)
-                return
-        await _withdraw(desk, actor, intent)
-    raise Conflict("The payments of this order change all the time; try again.")
-
-
-async def _withdraw(desk: Desk, actor: Actor, row: PaymentRow) -> None:
-    """Cancel an open intent because another payment takes its place, and book what its gateway says of it. One that
-    cannot be cancelled now is superseded, and cancelled by a job."""
-    gateway = desk.gateways.get(row.provider)
-    news: Sequence[News] = ()
-    if gateway is not None:
-        try:
-            news = await gateway.cancel(known(row))
-        except GatewayFailed:
-            pass  # a job asks again
-    after = await _settle_all(desk, str(row.id), news, source_of(actor), actor)
-    if after.status is P.PENDING:
-        async with desk.transactions() as tx:
-            await _supersede(tx, row, actor)
-            await enqueue(tx, "cancel_payment", str(row.id))
-
-
-async def _create(desk: Desk, actor: Actor, found: _Found) -> Done:
-    """Have the gateway create what it does not know yet, or may not know. The same reference gives the same one."""
-    row = found.payment
-    if row.status not in OPEN or (row.gateway_order_id is not None and row.status is not P.UNKNOWN):
-        return Done(found.status, view(row))
-    gateway = gateway_of(desk.gateways, row.provider)
-    try:
-        created = await gateway.create(new_payment(row))
-    except (GatewayRefused, GatewayAway) as error:
-        # of an earlier attempt it may be known to the gateway all the same: then only its own word ends it
-        if found.is_new or (isinstance(error, GatewayRefused) and not error.failure.retryable):
-            await _creation_failed(desk, row, error)
-        raise as_refusal(error) from error
-    except GatewayUnknown as error:
-        async with desk.transactions() as tx:
-            book = await open_book(tx, str(row.id))
-            if book.payment.gateway_order_id is None:
-                news = News(provider=row.provider, gateway_order_id=None, report=Report.UNKNOWN)
-                book.report(news, desk.house.terms)
-                await book.close(Source.SYSTEM, "creation.unknown", {"code": error.code, "message": error.message})
-            await enqueue(tx, "reconcile", str(row.id))
-        return Done(202, view(book.payment))
-    order, row = await created_as(desk, row, created)
-    if row.status in OPEN:
-        check_payable(order)  # it was paid or cancelled meanwhile
-    return Done(found.status, view(row), created.client_secret)
+# a gateway is asked to create it
 
 
 def new_payment(row: PaymentRow) -> NewPayment:
@@ -554,14 +290,14 @@ async def created_as(
                 await enqueue(tx, "cancel_payment", str(row.id))
             return book.order, book.payment
     error = GatewayRefused(row.provider, 200, "taken", f"it answered with {created.gateway_order_id}, another payment")
-    await _creation_failed(desk, row, error)
+    await creation_failed(desk, row, error)
     raise as_refusal(error)
 
 
 TAKEN = "select id from payments where provider = $1 and gateway_order_id = $2 and id <> $3"
 
 
-async def _creation_failed(desk: Desk, row: PaymentRow, error: GatewayRefused | GatewayAway) -> None:
+async def creation_failed(desk: Desk, row: PaymentRow, error: GatewayRefused | GatewayAway) -> None:
     async with desk.transactions() as tx:
         book = await open_book(tx, str(row.id))
         if book.payment.gateway_order_id is not None or book.payment.status not in OPEN:
@@ -578,34 +314,26 @@ async def _creation_failed(desk: Desk, row: PaymentRow, error: GatewayRefused | 
         await book.close(Source.SYSTEM, "creation.failed", failure)
 
 
-# what a payer's browser needs
+# what is judged
 
 
-CONTACT = "select p.*, o.contact from payments p join orders o on o.id = p.order_id where p.id = $1"
+def check_payable(order: OrderMoney) -> None:
+    """Raises OrderClosed, AlreadyPaid."""
+    if order.status in CLOSED:
+        raise OrderClosed(f"The order is {order.status}; it cannot be paid any more.")
+    if order.due <= 0:
+        raise AlreadyPaid("Nothing is due for this order.")
 
 
-async def checkout(desk: Desk, payment_id: str, secret: str | None) -> dict[str, Any] | None:
-    """What the payer's browser needs to pay; None: there is nothing to pay. `secret`: as the creation gave it, if it was
-    just now; else the gateway is asked, because it is never stored.
-
-    Raises:
-        Unavailable: the gateway does not answer.
-    """
-    async with desk.transactions() as tx:
-        found = await tx.one(CONTACT, uuid.UUID(payment_id))
-    assert found is not None
-    row = read_row(found)
-    gateway = desk.gateways.get(row.provider)
-    if gateway is None or row.gateway_order_id is None or row.status not in PAYABLE:
-        return None
-    if secret is None:
-        try:
-            secret = await gateway.client_secret(known(row))
-        except GatewayFailed as error:
-            raise Unavailable(f"{row.provider} does not say how to go on; try again.") from error
-    contact = msgspec.json.decode(found["contact"]) if found["contact"] else {}
-    names = (("name", "name"), ("email", "email"), ("contact", "phone"))
-    return gateway.checkout(known(row), secret, {ours: contact[name] for ours, name in names if contact.get(name)})
+def check_address(url: str) -> None:
+    """Raises Invalid: not an address that a browser may be sent to."""
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        fine = False
+    if not fine:
+        raise Invalid("Write an address that starts with https:// or http://.", "/returnUrl")
 
 
 # verify
@@ -639,7 +367,7 @@ async def verify(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Ver
                 await settle(tx, claim, Source.CLIENT, desk.house, actor=actor, payment_id=payment_id)
             await enqueue(tx, "reconcile", payment_id)
         return Done(202, view(await _read(desk, payment_id)))
-    return Done(200, view(await _settle_all(desk, payment_id, news, Source.CLIENT, actor)))
+    return Done(200, view(await settle_all(desk, payment_id, news, Source.CLIENT, actor)))
 
 
 def _proof(gateways: Gateways, row: PaymentRow, cmd: VerifyPayment) -> str | None:
@@ -672,7 +400,7 @@ def _proof(gateways: Gateways, row: PaymentRow, cmd: VerifyPayment) -> str | Non
     return attempt
 
 
-async def _settle_all(
+async def settle_all(
     desk: Desk, payment_id: str, news: Sequence[News], source: Source, actor: Actor | None
 ) -> PaymentRow:
     """Raises GatewayError: it spoke of another payment."""
@@ -688,7 +416,7 @@ async def _settle_all(
 
 
 async def _read(desk: Desk, payment_id: str) -> PaymentRow:
-    return await _settle_all(desk, payment_id, (), Source.SYSTEM, None)
+    return await settle_all(desk, payment_id, (), Source.SYSTEM, None)
 
 
 async def _unknown(desk: Desk, payment_id: str, job: str, news: News | None = None) -> Done:
@@ -728,7 +456,7 @@ async def confirm(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Co
         confirmed: Confirmed = await gateway.confirm(known(row), cmd.payment_method_id, cmd.return_url)
     except GatewayRefused as error:
         if error.news is not None:
-            await _settle_all(desk, payment_id, [error.news], Source.CLIENT, actor)
+            await settle_all(desk, payment_id, [error.news], Source.CLIENT, actor)
         if error.status == 402:
             raise PaymentDeclined(f"{error.message} ({error.code})") from error
         raise as_refusal(error) from error
@@ -737,7 +465,7 @@ async def confirm(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Co
     except GatewayUnknown:
         moving = News(provider=row.provider, gateway_order_id=row.gateway_order_id, report=Report.PROCESSING)
         return await _unknown(desk, payment_id, "reconcile", moving)
-    shown = view(await _settle_all(desk, payment_id, [confirmed.news], Source.CLIENT, actor))
+    shown = view(await settle_all(desk, payment_id, [confirmed.news], Source.CLIENT, actor))
     if confirmed.redirect_url is not None:
         shown.next_action = {"type": "redirect", "url": confirmed.redirect_url}
     return Done(200, shown)
@@ -765,7 +493,7 @@ async def capture(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Ca
             row.expected = cmd.amount
             await book.close(Source.STAFF, "capture.asked", cmd, actor=actor)
             asked = {"amount": cmd.amount, "currency": cmd.currency}
-            await _audit(tx, actor, "capture", row, {"status": row.status}, asked)
+            await record(tx, actor, "capture", row, {"status": row.status}, asked)
         await once.begin(tx, payment_id)
     if repeated:
         return Done(200, view(row))
@@ -783,7 +511,7 @@ async def capture(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Ca
         raise (as_refusal(error) if isinstance(error, GatewayFailed) else error) from error
     except GatewayUnknown:
         return await _unknown(desk, payment_id, "reconcile")
-    return Done(200, view(await _settle_all(desk, payment_id, [news], Source.STAFF, actor)))
+    return Done(200, view(await settle_all(desk, payment_id, [news], Source.STAFF, actor)))
 
 
 def _check_capture(book: Book, cmd: CapturePayment) -> None:
@@ -805,7 +533,7 @@ def _check_capture(book: Book, cmd: CapturePayment) -> None:
 # cancel and void
 
 
-async def cancel(desk: Desk, once: Once, actor: Actor, payment_id: str, _: Nothing) -> Done:
+async def cancel(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Nothing) -> Done:
     """Let nobody pay it any more.
 
     Raises:
@@ -826,7 +554,7 @@ async def void(desk: Desk, once: Once, actor: Actor, payment_id: str) -> Done:
 
 
 async def permit_admin(tx: Tx, actor: Actor, payment_id: str, *_: object) -> PaymentRow:
-    return await _permit(tx, actor, payment_id, frozenset({Role.ADMIN}), "void payments")
+    return await permit(tx, actor, payment_id, frozenset({Role.ADMIN}), "void payments")
 
 
 async def _cancel(desk: Desk, once: Once, actor: Actor, payment_id: str, action: Literal["cancel", "void"]) -> Done:
@@ -839,7 +567,7 @@ async def _cancel(desk: Desk, once: Once, actor: Actor, payment_id: str, action:
         await once.begin(tx, payment_id)
         if row.status is P.CANCELLED:
             return Done(200, view(row))
-        await _audit(tx, actor, action, row, {"status": row.status}, None)
+        await record(tx, actor, action, row, {"status": row.status}, None)
         if row.gateway_order_id is None or (
             action == "cancel" and row.provider is Provider.RAZORPAY and row.status is P.PENDING
         ):
@@ -856,7 +584,7 @@ async def _cancel(desk: Desk, once: Once, actor: Actor, payment_id: str, action:
         raise as_refusal(error) from error
     except GatewayUnknown:
         return await _unknown(desk, payment_id, "cancel_payment")
-    row = await _settle_all(desk, payment_id, told, source_of(actor), actor)
+    row = await settle_all(desk, payment_id, told, source_of(actor), actor)
     if row.status is not P.CANCELLED:
         _check_not_moved(row, action)
         raise PaymentInProgress("Money is moving; wait until it has come or not.", payment_id)
@@ -876,7 +604,7 @@ def _check_not_moved(row: PaymentRow, action: str) -> None:
 # reconcile
 
 
-async def reconcile(desk: Desk, once: Once, actor: Actor, payment_id: str, _: Nothing) -> Done:
+async def reconcile(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Nothing) -> Done:
     """Ask the gateway now what became of it.
 
     Raises:
@@ -888,7 +616,7 @@ async def reconcile(desk: Desk, once: Once, actor: Actor, payment_id: str, _: No
         if row.provider not in GATEWAYS:
             raise Invalid("Only payments by a gateway can be asked about.")
         await once.begin(tx, payment_id)
-        await _audit(tx, actor, "reconcile", row, {"status": row.status}, None)
+        await record(tx, actor, "reconcile", row, {"status": row.status}, None)
     gateway = gateway_of(desk.gateways, row.provider)
     try:
         if row.gateway_order_id is None:
@@ -900,7 +628,7 @@ async def reconcile(desk: Desk, once: Once, actor: Actor, payment_id: str, _: No
         raise as_refusal(error) from error
     except GatewayUnknown:
         return await _unknown(desk, payment_id, "reconcile")
-    return Done(200, view(await _settle_all(desk, payment_id, news, Source.RECONCILIATION, actor)))
+    return Done(200, view(await settle_all(desk, payment_id, news, Source.RECONCILIATION, actor)))
 
 
 # annotate
@@ -913,7 +641,7 @@ async def annotate(tx: Tx, actor: Actor, payment_id: str, cmd: AnnotatePayment) 
         NotFound, Forbidden.
     """
     tx.atomically()
-    await _permit(tx, actor, payment_id, frozenset({Role.ADMIN, Role.SERVICE}), "annotate payments")
+    await permit(tx, actor, payment_id, frozenset({Role.ADMIN, Role.SERVICE}), "annotate payments")
     book = await open_book(tx, payment_id)
     row = book.payment
     before = {"description": row.description, "metadata": msgspec.json.decode(row.metadata)}
@@ -922,5 +650,5 @@ async def annotate(tx: Tx, actor: Actor, payment_id: str, cmd: AnnotatePayment) 
     if not isinstance(cmd.metadata, UnsetType):
         row.metadata = msgspec.json.encode(cmd.metadata).decode()
     await book.close(Source.STAFF, "annotated", cmd, actor=actor)
-    await _audit(tx, actor, "annotate", row, before, cmd)
+    await record(tx, actor, "annotate", row, before, cmd)
     return view(row)

@@ -40,7 +40,7 @@ returning order_id"""
 
 
 MAKERS = {Scope.TRACK: BACK_OFFICE | {Role.CUSTOMER}, Scope.PAY: BACK_OFFICE}
-"""Who hands out links. Its customer pays an order with the token that it has; a link is the shop's way to ask for money."""
+"""Who hands out links: its customer pays with the token that it has, a payment link is the shop asking for money."""
 
 
 async def create_link(

@@ -299,17 +299,18 @@ async def read(desk: Desk) -> None:
 
 async def link(desk: Desk, order_id: str) -> Any:
     return await desk.do(
-        links.create_tracking_link,
+        links.create_link,
         CUSTOMER,
         order_id,
         command(links.CreateLink),
+        scope=Scope.TRACK,
         digest=lambda link_id: b"secret of the link",
         ttl_s=60,
         ttl_max_s=600,
     )
 
 
-@story(links.create_tracking_link)
+@story(links.create_link)
 @story(links.end_link)
 async def linked_and_unlinked(desk: Desk) -> None:
     order = await desk.place()

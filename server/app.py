@@ -33,6 +33,8 @@ from server.revocations import RevocationWatch
 from server.settings import CannotStart, Settings
 from server.sockets import Sockets
 from server.timeouts import Site
+from server.webhooks import WebhookDoor
+from server.workers.inbox import Inbox
 from server.workers.relay import Relay
 from server.workers.trail import Trail
 
@@ -146,6 +148,20 @@ class Process:
             watched=self.sockets.rooms.watched,
         )
         self.sockets.rooms.on_members = self.presence.changed
+        self.inbox = Inbox(
+            self.database,
+            self.outbox,
+            self.gateways,
+            self.house,
+            Patience(
+                attempts_max=settings.webhook_attempts_max,
+                retry_base_s=settings.webhook_retry_base_s,
+                retry_max_s=settings.webhook_retry_max_s,
+                park_s=settings.webhook_park_s,
+            ),
+            poll_ms=settings.inbox_poll_ms,
+            concurrency_max=settings.inbox_concurrency_max,
+        )
         self.rest = Rest(
             settings,
             doors,
@@ -154,6 +170,13 @@ class Process:
             self.locations,
             self.limits,
             self.presence,
+            WebhookDoor(
+                self.database,
+                self.gateways,
+                self.limits,
+                self.inbox.wake,
+                bytes_max=settings.webhook_max_bytes,
+            ),
             lambda revoked: self.revocations.tell(revoked),
             lambda: self.health.revocations.is_set(),
         )
@@ -199,6 +222,8 @@ class Process:
             self._loop("trail", self.trail.run())
         if self._works:
             self._loop("relay", self._when_schema_is_there(self.relay.run))
+            self._loop("inbox", self._when_schema_is_there(self.inbox.run))
+            self._loop("left webhooks", self._when_schema_is_there(self.inbox.watch_backlog))
             self._loop("old positions", self._when_schema_is_there(self.trail.sweep))
             self._loop("keys", self._when_schema_is_there(self._forget_old_keys))
         await self._listen()
@@ -218,6 +243,7 @@ class Process:
                 if self._runner is not None:
                     await self._runner.cleanup()
                 self.presence.close()
+                await self.inbox.close()
                 with contextlib.suppress(Exception):
                     await self.bus.answered()  # so that what was published is marked
                 await self.outbox.flush()

@@ -44,6 +44,7 @@ does not exist answers 404 `not_found`, a method that an address does not have 4
 PARAMETERS: dict[str, JsonSchema] = {
     "order_id": {"description": "`id` of an order", "schema": {"type": "string", "format": "uuid"}},
     "link_id": {"description": "`id` of a link", "schema": {"type": "string", "format": "uuid"}},
+    "webhook_id": {"description": "`id` of a webhook", "schema": {"type": "string", "format": "uuid"}},
 }
 """What stands in the braces of a path."""
 
@@ -229,6 +230,9 @@ def _operation(
                 }
             },
         }
+    if route.signed:
+        told = "The bytes that the gateway signed; any JSON of a right signature is taken."
+        operation["requestBody"] = {"description": told, "required": True, "content": {"application/json": {}}}
     good: dict[str, Any] = {"description": HTTPStatus(route.status).phrase, "headers": _headers()}
     if route.media != "application/json":
         good["headers"] |= _headers("Content-Disposition")

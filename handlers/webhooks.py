@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
-from collections.abc import Iterable, Sequence
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -117,17 +116,12 @@ HELD = "id = $1 and attempts = $2 and status in ('received', 'parked')"
 
 HOLD = f"select 1 from webhooks where {HELD} for update"
 
-APPLIED = """
-with applied as (
-    update webhooks set status = 'applied', settled_at = $2, error = null where id = $1 returning refs)
-update webhooks set next_at = $2 where id = any (array(
-    select parked.id from webhooks parked, applied
-    where parked.id <> $1 and parked.status = 'parked' and parked.refs && applied.refs for update of parked skip locked))"""
+APPLIED = "update webhooks set status = 'applied', settled_at = $2, error = null where id = $1"
 
 
 async def apply(tx: Tx, gateways: Gateways, house: House, taken: Taken) -> bool:
-    """Book what the webhook says, and wake what is parked about the same. One transaction; False: it is not ours any
-    more, because somebody else has taken it or staff has decided.
+    """Book what the webhook says, in one transaction. False: it is not ours any more, because somebody else has taken
+    it or staff has decided.
 
     Raises:
         UnknownPayment, Unreadable, and whatever else goes wrong: then nothing is booked, and `put_off` is called in
@@ -169,8 +163,8 @@ async def put_off(tx: Tx, taken: Taken, error: Exception, patience: Patience) ->
     if isinstance(error, Unavailable):
         outcome, row = "away", await tx.one(UNCOUNT, *held)
     elif isinstance(error, UnknownPayment) and age < dt.timedelta(seconds=patience.park_s):
-        # It is woken when its object appears. Should that happen while it is being parked, it is tried again soon: what
-        # is young is tried often, what has waited for a day hardly ever.
+        # The settle path wakes it when its object appears. Should that happen while it is being parked, it is tried
+        # again soon: what is young is tried often, what has waited for a day hardly ever.
         pause = max(dt.timedelta(seconds=patience.retry_base_s), age)
         next_at = min(now + pause, taken.received_at + dt.timedelta(seconds=patience.park_s))
         outcome, row = "parked", await tx.one(PARK, *held, next_at, text)
@@ -197,17 +191,6 @@ def check_attempts(taken: Taken, patience: Patience) -> None:
 def _text_of(error: Exception) -> str:
     said = error.detail if isinstance(error, Refused) else str(error)
     return f"{type(error).__name__}: {said}".replace("\0", "")[:ERROR_MAX]
-
-
-WAKE = """
-update webhooks set next_at = $2 where id = any (array(
-    select id from webhooks where status = 'parked' and refs && $1::text[] for update skip locked))"""
-
-
-async def wake_parked(tx: Tx, refs: Iterable[str]) -> None:
-    """Try at once what is parked about these gateway ids: called when one of them becomes known, in that transaction.
-    What is being tried just now is skipped, so nobody waits for each other; it comes round by itself."""
-    await tx.one(WAKE, list(refs), tx.now())
 
 
 BACKLOG = """
@@ -337,9 +320,7 @@ async def dismiss_webhook(tx: Tx, actor: Actor, webhook_id: str, cmd: Dismiss) -
     return await _decide(tx, actor, webhook_id, "webhook.dismiss", DISMISS, cmd.reason)
 
 
-async def _decide(
-    tx: Tx, actor: Actor, webhook_id: str, action: str, statement: str, *reason: str
-) -> Webhook:
+async def _decide(tx: Tx, actor: Actor, webhook_id: str, action: str, statement: str, *reason: str) -> Webhook:
     _require_staff(actor)
     tx.atomically()
     row_id = uuid.UUID(webhook_id)

@@ -14,13 +14,17 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from handlers.ports import Gateway
+from handlers.settlement import House
 from models.errors import Forbidden, Unavailable
+from models.payment import Provider
 from server import docs, metrics, migrate
 from server.auth import Authenticator
 from server.db import Database
 from server.doors import FORGET, Doors
 from server.edges import Edges
 from server.health import Health, watch_loop_lag
+from server.house import AllThere, terms_of
 from server.limits import SPEND, Limits
 from server.locations import Locations
 from server.outbox import CONTROL, Outbox, order_channel
@@ -118,6 +122,8 @@ class Process:
             keep_s=settings.location_keep_s,
         )
         self.outbox = Outbox(self.database, self.bus, lane)
+        self.gateways: dict[Provider, Gateway] = {}
+        self.house = House(terms_of(settings), AllThere())
         self.authenticator = Authenticator(settings)
         self.trail = Trail(
             self.database,
@@ -148,20 +154,7 @@ class Process:
             watched=self.sockets.rooms.watched,
         )
         self.sockets.rooms.on_members = self.presence.changed
-        self.inbox = Inbox(
-            self.database,
-            self.outbox,
-            self.gateways,
-            self.house,
-            Patience(
-                attempts_max=settings.webhook_attempts_max,
-                retry_base_s=settings.webhook_retry_base_s,
-                retry_max_s=settings.webhook_retry_max_s,
-                park_s=settings.webhook_park_s,
-            ),
-            poll_ms=settings.inbox_poll_ms,
-            concurrency_max=settings.inbox_concurrency_max,
-        )
+        self.inbox = Inbox(settings, self.database, self.outbox, self.gateways, self.house)
         self.rest = Rest(
             settings,
             doors,
@@ -170,13 +163,7 @@ class Process:
             self.locations,
             self.limits,
             self.presence,
-            WebhookDoor(
-                self.database,
-                self.gateways,
-                self.limits,
-                self.inbox.wake,
-                bytes_max=settings.webhook_max_bytes,
-            ),
+            WebhookDoor(settings, self.database, self.gateways, self.limits, self.inbox.wake),
             lambda revoked: self.revocations.tell(revoked),
             lambda: self.health.revocations.is_set(),
         )

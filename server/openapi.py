@@ -231,8 +231,8 @@ def _operation(
             },
         }
     if route.signed:
-        told = "The bytes that the gateway signed; any JSON of a right signature is taken."
-        operation["requestBody"] = {"description": told, "required": True, "content": {"application/json": {}}}
+        signed = "The bytes that the gateway signed; any JSON of a right signature is taken."
+        operation["requestBody"] = {"description": signed, "required": True, "content": {"application/json": {}}}
     good: dict[str, Any] = {"description": HTTPStatus(route.status).phrase, "headers": _headers()}
     if route.media != "application/json":
         good["headers"] |= _headers("Content-Disposition")

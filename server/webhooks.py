@@ -18,6 +18,7 @@ from models.payment import Provider
 from server import metrics
 from server.db import Database
 from server.limits import Limits
+from server.settings import Settings
 
 
 class Stored(msgspec.Struct):
@@ -28,12 +29,17 @@ class WebhookDoor:
     """`wake` is called when one was stored, so that a worker of this process applies it at once."""
 
     def __init__(
-        self, database: Database, gateways: Gateways, limits: Limits, wake: Callable[[], None], *, bytes_max: int
+        self,
+        settings: Settings,
+        database: Database,
+        gateways: Gateways,
+        limits: Limits,
+        wake: Callable[[], None],
     ) -> None:
         self._database = database
         self._gateways = gateways
         self._limits = limits
-        self._bytes_max = bytes_max
+        self._bytes_max = settings.webhook_max_bytes
         self.wake = wake
 
     async def receive(self, request: web.Request, provider: Provider) -> web.Response:

@@ -20,6 +20,7 @@ from models.errors import Unavailable
 from server import metrics
 from server.db import Database
 from server.outbox import Outbox
+from server.settings import Settings
 
 log = structlog.get_logger()
 
@@ -29,23 +30,20 @@ BACKLOG_INTERVAL_S = 2.0
 
 class Inbox:
     def __init__(
-        self,
-        database: Database,
-        outbox: Outbox,
-        gateways: Gateways,
-        house: House,
-        patience: Patience,
-        *,
-        poll_ms: int,
-        concurrency_max: int,
+        self, settings: Settings, database: Database, outbox: Outbox, gateways: Gateways, house: House
     ) -> None:
         self._database = database
         self._outbox = outbox
         self._gateways = gateways
         self._house = house
-        self._patience = patience
-        self._poll_s = poll_ms / 1000
-        self._concurrency_max = concurrency_max
+        self._patience = Patience(
+            attempts_max=settings.webhook_attempts_max,
+            retry_base_s=settings.webhook_retry_base_s,
+            retry_max_s=settings.webhook_retry_max_s,
+            park_s=settings.webhook_park_s,
+        )
+        self._poll_s = settings.inbox_poll_ms / 1000
+        self._concurrency_max = settings.inbox_concurrency_max
         self._stirred = asyncio.Event()
         self._more = False
         """Whether there was more to take than room for it."""

@@ -287,6 +287,10 @@ async def list_webhooks(tx: Tx, actor: Actor, cmd: ListWebhooks) -> WebhookPage:
     )
 
 
+class Retry(Strict):
+    """Nothing needs to be said."""
+
+
 class Dismiss(Strict):
     """Why it does not matter."""
 
@@ -302,7 +306,7 @@ update webhooks set status = 'dismissed', settled_at = $2, reason = $3 where id 
 returning {COLUMNS}"""
 
 
-async def retry_webhook(tx: Tx, actor: Actor, webhook_id: str) -> Webhook:
+async def retry_webhook(tx: Tx, actor: Actor, webhook_id: str, cmd: Retry) -> Webhook:
     """Try it again at once, as if it had just come.
 
     Raises:

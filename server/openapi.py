@@ -231,8 +231,11 @@ def _operation(
             },
         }
     if route.signed:
-        signed = "The bytes that the gateway signed; any JSON of a right signature is taken."
-        operation["requestBody"] = {"description": signed, "required": True, "content": {"application/json": {}}}
+        operation["requestBody"] = {
+            "description": "The event, byte for byte as the gateway signed it.",
+            "required": True,
+            "content": {"application/json": {"schema": {"type": "object"}, "examples": {}}},
+        }
     good: dict[str, Any] = {"description": HTTPStatus(route.status).phrase, "headers": _headers()}
     if route.media != "application/json":
         good["headers"] |= _headers("Content-Disposition")

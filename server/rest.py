@@ -218,11 +218,11 @@ class Rest:
         return response
 
     async def dismiss_webhook(self, call: Call) -> web.Response:
-        return await self._decide_webhook(call, DISMISS_WEBHOOK, call.command)
+        return await self._decide_webhook(call, DISMISS_WEBHOOK)
 
-    async def _decide_webhook(self, call: Call, verb: Verb, *args: object) -> web.Response:
-        key = call.request.headers.get("Idempotency-Key")
-        given = await self._doors.perform(verb, call.actor, call.request.match_info["webhook_id"], *args, key=key)
+    async def _decide_webhook(self, call: Call, verb: Verb) -> web.Response:
+        webhook_id, key = call.request.match_info["webhook_id"], call.request.headers.get("Idempotency-Key")
+        given = await self._doors.perform(verb, call.actor, webhook_id, call.command, key=key)
         return web.Response(status=given.status, body=given.body, content_type="application/json")
 
     # every route
@@ -529,7 +529,7 @@ ROUTES = [
         "/webhooks/{webhook_id}/retry",
         Rest.retry_webhook,
         "Try a dead or parked one again at once",
-        None,
+        webhooks.Retry,
         webhooks.Webhook,
         200,
         (Forbidden, NotFound, Conflict),

@@ -313,8 +313,10 @@ select x, $1, $2, $3, $4 from unnest($5::text[]) as x"""
 WRITE_INPUT = """
 insert into payment_inputs (payment_id, at, source, actor, kind, before, after, detail)
 values ($1, $2, $3, $4, $5, $6, $7, $8)"""
+# What a worker tries just now is skipped: it may wait for the order that is locked here. It comes round by itself.
 WAKE_PARKED = """
-update webhooks set status = 'received', next_at = $2 where status = 'parked' and refs && array[$1]"""
+update webhooks set next_at = $2 where id = any (array(
+    select id from webhooks where status = 'parked' and refs && array[$1] for update skip locked))"""
 
 
 class RefundRow(msgspec.Struct):

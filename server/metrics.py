@@ -55,6 +55,20 @@ connections_cut = Counter(
 )
 events_unsent = Gauge("waybill_events_unsent", "Order events that are not marked as sent.")
 oldest_unsent = Gauge("waybill_oldest_unsent_seconds", "Age of the oldest of them; 0 when there is none.")
+webhooks_received = Counter(
+    "waybill_webhooks_received_total",
+    "Webhooks at the door: stored, repeated, unsigned (its signature is wrong), not_stored.",
+    ["provider", "outcome"],
+)
+webhooks_tried = Counter(
+    "waybill_webhooks_tried_total",
+    "Tries to apply a webhook: applied, parked, failed, dead, away (Postgres did not answer), taken by somebody else.",
+    ["provider", "outcome"],
+)
+webhooks_left = Gauge("waybill_webhooks_left", "Webhooks that are not applied: parked, or dead.", ["why"])
+oldest_webhook = Gauge(
+    "waybill_oldest_webhook_seconds", "How long the webhook that waits longest is due; 0 when none is."
+)
 bus_up = Gauge("waybill_bus_up", "1 while Redis answers.")
 bus_losses = Counter("waybill_bus_losses_total", "How often Redis was lost.")
 bus_passed_over = Counter(

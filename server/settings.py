@@ -134,6 +134,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Count, Meta(description="unanswered questions in a row after which a gateway is not offered any more")
     ] = 5
     breaker_open_s: Annotated[Seconds, Meta(description="how long it is left alone; then one question goes through")] = 5
+    webhook_max_bytes: Annotated[Bytes, Meta(description="largest webhook of a gateway")] = 256 * 1024
+    inbox_poll_ms: Annotated[
+        Milliseconds, Meta(description="how often a worker looks for webhooks that another process stored")
+    ] = 200
+    inbox_concurrency_max: Annotated[Count, Meta(description="most webhooks that a worker applies at once")] = 4
+    webhook_retry_base_s: Annotated[
+        Seconds, Meta(description="pause before a failed webhook is tried again; it doubles with each try")
+    ] = 1
+    webhook_retry_max_s: Annotated[Seconds, Meta(description="longest such pause")] = 600
+    webhook_attempts_max: Annotated[Count, Meta(description="failed tries after which a webhook is dead")] = 12
+    webhook_park_s: Annotated[
+        Seconds, Meta(description="time after which a webhook about something that we never got to know is dead")
+    ] = 72 * 3600
 
     cors_origins: Annotated[
         str, Meta(description="origins whose pages may call this server, comma-separated, or *; empty: its own only")
@@ -528,6 +541,10 @@ def _check_relations(s: Settings) -> None:
         (
             s.idempotency_keep_s >= 7 * 24 * 3600,
             "IDEMPOTENCY_KEEP_S must be 604800 (7 days) or more: clients retry for days",
+        ),
+        (
+            s.webhook_retry_base_s <= s.webhook_retry_max_s,
+            "WEBHOOK_RETRY_BASE_S must not be more than WEBHOOK_RETRY_MAX_S",
         ),
         (s.link_ttl_s <= s.link_ttl_max_s, "LINK_TTL_S must not be more than LINK_TTL_MAX_S"),
         (

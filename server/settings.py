@@ -28,6 +28,7 @@ SECRET_BYTES_MIN = 32
 
 SECRETS = frozenset(
     {"jwt_secret", "database_url", "redis_url", "metrics_token", "razorpay_key_secret", "razorpay_webhook_secret"}
+    | {"stripe_secret_key", "stripe_webhook_secret"}
 )
 """Settings whose value is never printed or logged."""
 
@@ -123,9 +124,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = ""
     razorpay_key_secret: Annotated[str, Meta(description="what belongs to it")] = ""
     razorpay_webhook_secret: Annotated[
-        str, Meta(description="what Razorpay signs webhooks with; while it is changed several, comma-separated, newest first")
+        str,
+        Meta(
+            description="what Razorpay signs webhooks with; while it is changed several, comma-separated, newest first"
+        ),
     ] = ""
     razorpay_api_url: Annotated[str, Meta(description="empty: https://api.razorpay.com")] = ""
+    stripe_secret_key: Annotated[
+        str, Meta(description="sk_test_… or sk_live_…; with none of Stripe's keys, development runs its simulator")
+    ] = ""
+    stripe_publishable_key: Annotated[str, Meta(description="pk_…, what browsers get to know")] = ""
+    stripe_webhook_secret: Annotated[
+        str,
+        Meta(description="what Stripe signs webhooks with; several while it is rolled, comma-separated, newest first"),
+    ] = ""
+    stripe_api_url: Annotated[str, Meta(description="empty: https://api.stripe.com")] = ""
+    stripe_signature_max_age_s: Annotated[
+        Seconds, Meta(description="a webhook of Stripe that was signed longer ago is refused")
+    ] = 300
     gateway_timeout_ms: Annotated[
         Milliseconds, Meta(description="time limit of one question to a payment gateway, all its requests together")
     ] = 10_000
@@ -133,7 +149,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     breaker_failures_max: Annotated[
         Count, Meta(description="unanswered questions in a row after which a gateway is not offered any more")
     ] = 5
-    breaker_open_s: Annotated[Seconds, Meta(description="how long it is left alone; then one question goes through")] = 5
+    breaker_open_s: Annotated[
+        Seconds, Meta(description="how long it is left alone; then one question goes through")
+    ] = 5
     webhook_max_bytes: Annotated[Bytes, Meta(description="largest webhook of a gateway")] = 256 * 1024
     inbox_poll_ms: Annotated[
         Milliseconds, Meta(description="how often a worker looks for webhooks that another process stored")
@@ -531,6 +549,19 @@ def _check_relations(s: Settings) -> None:
         (
             urlsplit(s.razorpay_api_url).scheme in ("", "http", "https"),
             "RAZORPAY_API_URL must start with http:// or https://",
+        ),
+        (
+            len({bool(v) for v in (s.stripe_secret_key, s.stripe_publishable_key, s.stripe_webhook_secret)}) == 1,
+            "STRIPE_SECRET_KEY, STRIPE_PUBLISHABLE_KEY and STRIPE_WEBHOOK_SECRET belong together: set all of "
+            "them or none",
+        ),
+        (
+            not s.stripe_webhook_secret or bool(secrets_of(s.stripe_webhook_secret)),
+            "STRIPE_WEBHOOK_SECRET must hold a secret: without one nobody can tell who sends webhooks",
+        ),
+        (
+            urlsplit(s.stripe_api_url).scheme in ("", "http", "https"),
+            "STRIPE_API_URL must start with http:// or https://",
         ),
         (s.slow_bytes < s.queue_max_bytes, "SLOW_BYTES must be less than QUEUE_MAX_BYTES"),
         (

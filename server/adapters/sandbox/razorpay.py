@@ -13,7 +13,7 @@ import hmac
 import random
 import string
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -210,9 +210,7 @@ class RazorpaySandbox:
             "X-Razorpay-Signature": hmac.digest(self.webhook_secret.encode(), body, hashlib.sha256).hex(),
         }
         retries_s = SOON_S if kind in SOON else LATER_S
-        self.courier.send(
-            Parcel(event_id=event_id, kind=kind, body=body, headers=lambda: headers, retries_s=retries_s)
-        )
+        self.courier.send(Parcel(event_id=event_id, kind=kind, body=body, headers=lambda: headers, retries_s=retries_s))
 
     def _save_soon(self) -> None:
         if self._file and not self._saving:

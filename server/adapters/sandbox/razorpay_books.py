@@ -221,7 +221,9 @@ class Books:
         if not key:
             return None
         if len(key) < 10 or not set(key) <= set(string.ascii_letters + string.digits + "-_"):
-            raise ApiError("The idempotency key must have 10 or more letters, digits, hyphens and underscores.", na=True)
+            raise ApiError(
+                "The idempotency key must have 10 or more letters, digits, hyphens and underscores.", na=True
+            )
         fingerprint = payment_id.encode() + b"|" + body
         used = self.state.keys.get(key)
         if used is None:

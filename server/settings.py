@@ -535,8 +535,8 @@ def _check_relations(s: Settings) -> None:
         (s.payment_window_s <= s.hold_max_s, "PAYMENT_WINDOW_S must not be more than HOLD_MAX_S"),
         (
             s.gateway_timeout_ms + 2 * s.db_timeout_ms < s.request_timeout_ms,
-            "GATEWAY_TIMEOUT_MS + twice DB_TIMEOUT_MS must be less than REQUEST_TIMEOUT_MS: a payment is written, asked "
-            "for, and written again",
+            "GATEWAY_TIMEOUT_MS + twice DB_TIMEOUT_MS must be less than REQUEST_TIMEOUT_MS: a payment is written, "
+            "asked for, and written again",
         ),
         (
             len({bool(v) for v in (s.razorpay_key_id, s.razorpay_key_secret, s.razorpay_webhook_secret)}) == 1,

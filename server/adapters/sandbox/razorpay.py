@@ -13,7 +13,7 @@ import hmac
 import random
 import string
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -263,7 +263,7 @@ class RazorpaySandbox:
                 raise ApiError("Authentication failed", status=401, na=True)
             throttled = ApiError("Request failed. Please try after sometime.", na=True)
             return await meet_fault(
-                self.mischief.take_fault(), request, self._answer(handler), throttled.body, self._stopping
+                self.mischief.take_fault(request.method), request, self._answer(handler), throttled.body, self._stopping
             )
         except ApiError as error:
             return web.Response(status=error.status, body=error.body, content_type="application/json")

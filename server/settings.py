@@ -123,7 +123,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = ""
     razorpay_key_secret: Annotated[str, Meta(description="what belongs to it")] = ""
     razorpay_webhook_secret: Annotated[
-        str, Meta(description="what Razorpay signs webhooks with; while it is changed several, comma-separated, newest first")
+        str,
+        Meta(
+            description="what Razorpay signs webhooks with; while it is changed several, comma-separated, newest first"
+        ),
     ] = ""
     razorpay_api_url: Annotated[str, Meta(description="empty: https://api.razorpay.com")] = ""
     gateway_timeout_ms: Annotated[
@@ -133,7 +136,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     breaker_failures_max: Annotated[
         Count, Meta(description="unanswered questions in a row after which a gateway is not offered any more")
     ] = 5
-    breaker_open_s: Annotated[Seconds, Meta(description="how long it is left alone; then one question goes through")] = 5
+    breaker_open_s: Annotated[
+        Seconds, Meta(description="how long it is left alone; then one question goes through")
+    ] = 5
 
     cors_origins: Annotated[
         str, Meta(description="origins whose pages may call this server, comma-separated, or *; empty: its own only")
@@ -504,8 +509,8 @@ def _check_relations(s: Settings) -> None:
         (s.payment_window_s <= s.hold_max_s, "PAYMENT_WINDOW_S must not be more than HOLD_MAX_S"),
         (
             s.gateway_timeout_ms + 2 * s.db_timeout_ms < s.request_timeout_ms,
-            "GATEWAY_TIMEOUT_MS + twice DB_TIMEOUT_MS must be less than REQUEST_TIMEOUT_MS: a payment is written, asked "
-            "for, and written again",
+            "GATEWAY_TIMEOUT_MS + twice DB_TIMEOUT_MS must be less than REQUEST_TIMEOUT_MS: a payment is written, "
+            "asked for, and written again",
         ),
         (
             len({bool(v) for v in (s.razorpay_key_id, s.razorpay_key_secret, s.razorpay_webhook_secret)}) == 1,

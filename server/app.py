@@ -33,6 +33,7 @@ from server.revocations import RevocationWatch
 from server.settings import CannotStart, Settings
 from server.sockets import Sockets
 from server.timeouts import Site
+from server.workers.jobs import Jobs
 from server.workers.relay import Relay
 from server.workers.trail import Trail
 
@@ -164,6 +165,7 @@ class Process:
             grace_ms=settings.relay_grace_ms,
             batch_max=settings.relay_batch_max,
         )
+        self.jobs = Jobs(self.database, settings, [])
         self.health = Health(settings, self.database, self.bus, self.sockets.rooms)
         self.health.loops_running = self._loops_running
         self._tasks: list[asyncio.Task[None]] = []
@@ -200,13 +202,17 @@ class Process:
         if self._works:
             self._loop("relay", self._when_schema_is_there(self.relay.run))
             self._loop("old positions", self._when_schema_is_there(self.trail.sweep))
+            self._loop("jobs", self._when_schema_is_there(self.jobs.run))
+            self._loop("schedules", self._when_schema_is_there(self.jobs.keep_time))
+            self._loop("jobs that wait", self._when_schema_is_there(self.jobs.watch))
             self._loop("keys", self._when_schema_is_there(self._forget_old_keys))
         await self._listen()
 
     async def stop(self) -> None:
-        """Drain: no new work, clients sent elsewhere, requests answered, what was sent marked. Bounded by
-        `DRAIN_TIMEOUT_S`."""
+        """Drain: no new work, clients sent elsewhere, requests answered, what was sent marked, jobs ended. Bounded
+        by `DRAIN_TIMEOUT_S`."""
         self.health.draining = True
+        self.jobs.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.settings.drain_timeout_s):
                 self.sockets.rooms.close()
@@ -222,6 +228,9 @@ class Process:
                     await self.bus.answered()  # so that what was published is marked
                 await self.outbox.flush()
                 await self.trail.flush()
+                if self._works and self.health.schema.is_set():
+                    await self.jobs.drained()
+        self.jobs.abandon()
         for task in reversed(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -17,7 +17,7 @@ from aiohttp import hdrs, web
 from msgspec import Meta
 from msgspec import inspect as info
 
-from handlers import links, orders, tracking, users
+from handlers import jobs, links, orders, tracking, users
 from handlers.context import Tx
 from models.base import Time, UuidText, rfc3339
 from models.errors import (
@@ -195,6 +195,22 @@ class Rest:
         self._on_revoked(msgspec.json.decode(given.body, type=users.Revoked))
         return web.Response(status=204)
 
+    # background jobs
+
+    async def list_jobs(self, call: Call) -> web.Response:
+        async with self._doors.database.statement() as tx:
+            return answer(await jobs.list_jobs(tx, call.actor, call.command))
+
+    async def retry_job(self, call: Call) -> web.Response:
+        return await self._decide_job(call, RETRY_JOB)
+
+    async def dismiss_job(self, call: Call) -> web.Response:
+        return await self._decide_job(call, DISMISS_JOB, call.command)
+
+    async def _decide_job(self, call: Call, verb: Verb, *args: object) -> web.Response:
+        key = call.request.headers.get("Idempotency-Key")
+        return written(await self._doors.perform(verb, call.actor, call.request.match_info["job_id"], *args, key=key))
+
     # every route
 
     async def handle(self, route: Route, request: web.Request) -> web.StreamResponse:
@@ -322,6 +338,8 @@ QUOTE = Verb("quote", orders.quote)
 CANCEL = Verb("cancel", orders.cancel)
 ASSIGN = Verb("assign", orders.assign, before=orders.before_assign)
 REVOKE = Verb("revoke", users.revoke)
+RETRY_JOB = Verb("retry_job", jobs.retry_job)
+DISMISS_JOB = Verb("dismiss_job", jobs.dismiss_job)
 
 ROUTES = [
     Route("POST", "/orders", Rest.place, "Place an order", orders.Place, Order, 201, (Forbidden, Conflict)),
@@ -452,12 +470,43 @@ ROUTES = [
         204,
         (Forbidden,),
     ),
+    Route(
+        "GET",
+        "/jobs",
+        Rest.list_jobs,
+        "Background jobs that are not done, newest first",
+        jobs.ListJobs,
+        jobs.JobPage,
+        200,
+        (Forbidden,),
+    ),
+    Route(
+        "POST",
+        "/jobs/{job_id}/retry",
+        Rest.retry_job,
+        "Run a dead or parked job again",
+        None,
+        jobs.BackgroundJob,
+        200,
+        (Forbidden, NotFound, Conflict),
+    ),
+    Route(
+        "POST",
+        "/jobs/{job_id}/dismiss",
+        Rest.dismiss_job,
+        "Leave a dead or parked job undone",
+        jobs.DismissJob,
+        jobs.BackgroundJob,
+        200,
+        (Forbidden, NotFound, Conflict),
+    ),
 ]
 
 
 def add_routes(app: web.Application, rest: Rest) -> None:
     for route in ROUTES:
         path = API + re.sub(r"\{(order_id|link_id)\}", rf"{{\1:{UUID}}}", route.path)
+        path = path.replace("{job_id}", "{job_id:[0-9]{1,19}}")
         app.router.add_route(route.method, path, _bound(route, rest))
 
 

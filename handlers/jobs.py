@@ -193,7 +193,10 @@ async def dismiss_job(tx: Tx, actor: Actor, job_id: str, cmd: DismissJob) -> Bac
 
 async def _held(tx: Tx, actor: Actor, job_id: str) -> tuple[BackgroundJob, Row]:
     _require_staff(actor)
-    row = await tx.one(READ, int(job_id)) if int(job_id) <= ID_MAX else None
+    row = None
+    if int(job_id) <= ID_MAX:
+        # the second look is for whoever waited for another's retry: it has put another row in the place of this one
+        row = await tx.one(READ, int(job_id)) or await tx.one(READ, int(job_id))
     if row is None:
         raise NotFound("There is no such job; those that are done are not kept.")
     found = _view(row)

@@ -88,7 +88,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     link_ttl_max_s: Annotated[Seconds, Meta(description="longest life that a request may ask for")] = 90 * 24 * 3600
     guest_token_ttl_s: Annotated[Seconds, Meta(description="life of the token that a link is exchanged for")] = 3600
 
-    db_pool_size: Annotated[Count, Meta(description="connections to Postgres per process")] = 10
+    db_pool_size: Annotated[
+        Count, Meta(description="connections to Postgres per process; one that works has one more, to hear of jobs")
+    ] = 10
     db_timeout_ms: Annotated[
         Milliseconds, Meta(description="time limit of one statement, and of waiting for a connection")
     ] = 2000

@@ -92,6 +92,10 @@ class JobPage(msgspec.Struct, frozen=True, rename="camel"):
     next_cursor: Annotated[str | None, Meta(description="`cursor` of the next page; null on the last one")]
 
 
+class RetryJob(Strict):
+    """Nothing more is to be said."""
+
+
 class DismissJob(Strict):
     """Why it needs not be done."""
 
@@ -158,7 +162,7 @@ async def list_jobs(tx: Tx, actor: Actor, cmd: ListJobs) -> JobPage:
     return JobPage(page, page[-1].id if len(rows) > cmd.limit else None)
 
 
-async def retry_job(tx: Tx, actor: Actor, job_id: str) -> BackgroundJob:
+async def retry_job(tx: Tx, actor: Actor, job_id: str, cmd: RetryJob) -> BackgroundJob:
     """Run it again, as if it had never failed. If the same job was asked for anew meanwhile, it is that one.
 
     Raises:

@@ -14,13 +14,17 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from handlers.ports import Gateway
+from handlers.settlement import House
 from models.errors import Forbidden, Unavailable
+from models.payment import Provider
 from server import docs, metrics, migrate
 from server.auth import Authenticator
 from server.db import Database
 from server.doors import FORGET, Doors
 from server.edges import Edges
 from server.health import Health, watch_loop_lag
+from server.house import AllThere, terms_of
 from server.limits import SPEND, Limits
 from server.locations import Locations
 from server.outbox import CONTROL, Outbox, order_channel
@@ -33,6 +37,8 @@ from server.revocations import RevocationWatch
 from server.settings import CannotStart, Settings
 from server.sockets import Sockets
 from server.timeouts import Site
+from server.webhooks import WebhookDoor
+from server.workers.inbox import Inbox
 from server.workers.jobs import Jobs
 from server.workers.relay import Relay
 from server.workers.trail import Trail
@@ -117,6 +123,8 @@ class Process:
             keep_s=settings.location_keep_s,
         )
         self.outbox = Outbox(self.database, self.bus, lane)
+        self.gateways: dict[Provider, Gateway] = {}
+        self.house = House(terms_of(settings), AllThere())
         self.authenticator = Authenticator(settings)
         self.trail = Trail(
             self.database,
@@ -147,6 +155,7 @@ class Process:
             watched=self.sockets.rooms.watched,
         )
         self.sockets.rooms.on_members = self.presence.changed
+        self.inbox = Inbox(settings, self.database, self.outbox, self.gateways, self.house)
         self.rest = Rest(
             settings,
             doors,
@@ -155,6 +164,7 @@ class Process:
             self.locations,
             self.limits,
             self.presence,
+            WebhookDoor(settings, self.database, self.gateways, self.limits, self.inbox.wake),
             lambda revoked: self.revocations.tell(revoked),
             lambda: self.health.revocations.is_set(),
         )
@@ -201,6 +211,8 @@ class Process:
             self._loop("trail", self.trail.run())
         if self._works:
             self._loop("relay", self._when_schema_is_there(self.relay.run))
+            self._loop("inbox", self._when_schema_is_there(self.inbox.run))
+            self._loop("left webhooks", self._when_schema_is_there(self.inbox.watch_backlog))
             self._loop("old positions", self._when_schema_is_there(self.trail.sweep))
             self._loop("jobs", self._when_schema_is_there(self.jobs.run))
             self._loop("schedules", self._when_schema_is_there(self.jobs.keep_time))
@@ -224,6 +236,7 @@ class Process:
                 if self._runner is not None:
                     await self._runner.cleanup()
                 self.presence.close()
+                await self.inbox.close()
                 with contextlib.suppress(Exception):
                     await self.bus.answered()  # so that what was published is marked
                 await self.outbox.flush()

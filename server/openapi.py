@@ -45,6 +45,7 @@ PARAMETERS: dict[str, JsonSchema] = {
     "order_id": {"description": "`id` of an order", "schema": {"type": "string", "format": "uuid"}},
     "link_id": {"description": "`id` of a link", "schema": {"type": "string", "format": "uuid"}},
     "job_id": {"description": "`id` of a background job", "schema": {"type": "string", "pattern": "^[0-9]{1,19}$"}},
+    "webhook_id": {"description": "`id` of a webhook", "schema": {"type": "string", "format": "uuid"}},
 }
 """What stands in the braces of a path."""
 
@@ -229,6 +230,12 @@ def _operation(
                     },
                 }
             },
+        }
+    if route.signed:
+        operation["requestBody"] = {
+            "description": "The event, byte for byte as the gateway signed it.",
+            "required": True,
+            "content": {"application/json": {"schema": {"type": "object"}, "examples": {}}},
         }
     good: dict[str, Any] = {"description": HTTPStatus(route.status).phrase, "headers": _headers()}
     if route.media != "application/json":

@@ -17,10 +17,11 @@ from aiohttp import hdrs, web
 from msgspec import Meta
 from msgspec import inspect as info
 
-from handlers import jobs, links, orders, tracking, users
+from handlers import jobs, links, orders, tracking, users, webhooks
 from handlers.context import Tx
 from models.base import Time, UuidText, rfc3339
 from models.errors import (
+    BadSignature,
     Conflict,
     Forbidden,
     IllegalMove,
@@ -36,6 +37,7 @@ from models.errors import (
     UnsupportedMedia,
 )
 from models.order import Order, TrackedOrder
+from models.payment import Provider
 from models.position import Position
 from models.user import Actor, Role, Scope
 from server import csv_export, metrics
@@ -48,6 +50,7 @@ from server.presence import Presence
 from server.settings import Settings
 from server.snapshots import ToldEvent, listed
 from server.sockets import CHANGE_STATUS, NextInterval, Sockets
+from server.webhooks import Stored, WebhookDoor
 
 log = structlog.get_logger()
 
@@ -76,6 +79,7 @@ class Rest:
         locations: Locations,
         limits: Limits,
         presence: Presence,
+        webhook_door: WebhookDoor,
         on_revoked: Callable[[users.Revoked], None],
         takes_requests: Callable[[], bool],
     ) -> None:
@@ -86,6 +90,7 @@ class Rest:
         self._locations = locations
         self._limits = limits
         self._presence = presence
+        self._webhook_door = webhook_door
         self._on_revoked = on_revoked
         self._takes_requests = takes_requests
         self.public_url = settings.public_url
@@ -207,6 +212,31 @@ class Rest:
         self._on_revoked(msgspec.json.decode(given.body, type=users.Revoked))
         return web.Response(status=204)
 
+    # webhooks
+
+    async def razorpay_webhook(self, call: Call) -> web.Response:
+        return await self._webhook_door.receive(call.request, Provider.RAZORPAY)
+
+    async def stripe_webhook(self, call: Call) -> web.Response:
+        return await self._webhook_door.receive(call.request, Provider.STRIPE)
+
+    async def list_webhooks(self, call: Call) -> web.Response:
+        async with self._doors.database.statement() as tx:
+            return answer(await webhooks.list_webhooks(tx, call.actor, call.command))
+
+    async def retry_webhook(self, call: Call) -> web.Response:
+        response = await self._decide_webhook(call, RETRY_WEBHOOK)
+        self._webhook_door.wake()
+        return response
+
+    async def dismiss_webhook(self, call: Call) -> web.Response:
+        return await self._decide_webhook(call, DISMISS_WEBHOOK)
+
+    async def _decide_webhook(self, call: Call, verb: Verb) -> web.Response:
+        webhook_id, key = call.request.match_info["webhook_id"], call.request.headers.get("Idempotency-Key")
+        given = await self._doors.perform(verb, call.actor, webhook_id, call.command, key=key)
+        return web.Response(status=given.status, body=given.body, content_type="application/json")
+
     # background jobs
 
     async def list_jobs(self, call: Call) -> web.Response:
@@ -217,11 +247,11 @@ class Rest:
         return await self._decide_job(call, RETRY_JOB)
 
     async def dismiss_job(self, call: Call) -> web.Response:
-        return await self._decide_job(call, DISMISS_JOB, call.command)
+        return await self._decide_job(call, DISMISS_JOB)
 
-    async def _decide_job(self, call: Call, verb: Verb, *args: object) -> web.Response:
-        key = call.request.headers.get("Idempotency-Key")
-        return written(await self._doors.perform(verb, call.actor, call.request.match_info["job_id"], *args, key=key))
+    async def _decide_job(self, call: Call, verb: Verb) -> web.Response:
+        job_id, key = call.request.match_info["job_id"], call.request.headers.get("Idempotency-Key")
+        return written(await self._doors.perform(verb, call.actor, job_id, call.command, key=key))
 
     # every route
 
@@ -229,6 +259,8 @@ class Rest:
         """Who asks, what is asked, then the route's verb or function."""
         if not self._takes_requests():
             raise Unavailable("This instance is starting; try again.")
+        if route.signed:
+            return await route.run(self, Call(request, NOBODY, "", None))  # type: ignore[operator]  # never a Verb
         actor = NOBODY
         if route.public:
             await self._limits.stranger(request)
@@ -344,6 +376,8 @@ class Route(NamedTuple):
     """The body for the documents, where the route reads it itself and `takes` is wider."""
     keyless: bool = False
     """An Idempotency-Key changes nothing here."""
+    signed: bool = False
+    """Public, and signed by whoever sends it: the route reads the raw body, and counts only what is not signed."""
     media: str = "application/json"
     """What the answer is written in; as text/csv, `gives` is what one row shows."""
 
@@ -354,6 +388,8 @@ ASSIGN = Verb("assign", orders.assign, before=orders.before_assign)
 REVOKE = Verb("revoke", users.revoke)
 RETRY_JOB = Verb("retry_job", jobs.retry_job)
 DISMISS_JOB = Verb("dismiss_job", jobs.dismiss_job)
+RETRY_WEBHOOK = Verb("retry_webhook", webhooks.retry_webhook)
+DISMISS_WEBHOOK = Verb("dismiss_webhook", webhooks.dismiss_webhook)
 
 ROUTES = [
     Route("POST", "/orders", Rest.place, "Place an order", orders.Place, Order, 201, (Forbidden, Conflict)),
@@ -495,6 +531,62 @@ ROUTES = [
         (Forbidden,),
     ),
     Route(
+        "POST",
+        "/webhooks/razorpay",
+        Rest.razorpay_webhook,
+        "For Razorpay: store a webhook, signed by `X-Razorpay-Signature`",
+        None,
+        Stored,
+        200,
+        (BadSignature, NotFound, TooLarge),
+        public=True,
+        keyless=True,
+        signed=True,
+    ),
+    Route(
+        "POST",
+        "/webhooks/stripe",
+        Rest.stripe_webhook,
+        "For Stripe: store a webhook, signed by `Stripe-Signature`",
+        None,
+        Stored,
+        200,
+        (BadSignature, NotFound, TooLarge),
+        public=True,
+        keyless=True,
+        signed=True,
+    ),
+    Route(
+        "GET",
+        "/webhooks",
+        Rest.list_webhooks,
+        "The webhooks that gateways sent, newest first",
+        webhooks.ListWebhooks,
+        webhooks.WebhookPage,
+        200,
+        (Forbidden,),
+    ),
+    Route(
+        "POST",
+        "/webhooks/{webhook_id}/retry",
+        Rest.retry_webhook,
+        "Try a dead or parked one again at once",
+        webhooks.Retry,
+        webhooks.Webhook,
+        200,
+        (Forbidden, NotFound, Conflict),
+    ),
+    Route(
+        "POST",
+        "/webhooks/{webhook_id}/dismiss",
+        Rest.dismiss_webhook,
+        "Never try a dead or parked one again",
+        webhooks.Dismiss,
+        webhooks.Webhook,
+        200,
+        (Forbidden, NotFound, Conflict),
+    ),
+    Route(
         "GET",
         "/jobs",
         Rest.list_jobs,
@@ -509,7 +601,7 @@ ROUTES = [
         "/jobs/{job_id}/retry",
         Rest.retry_job,
         "Run a dead or parked job again",
-        None,
+        jobs.RetryJob,
         jobs.BackgroundJob,
         200,
         (Forbidden, NotFound, Conflict),
@@ -529,8 +621,8 @@ ROUTES = [
 
 def add_routes(app: web.Application, rest: Rest) -> None:
     for route in ROUTES:
-        path = API + re.sub(r"\{(order_id|link_id)\}", rf"{{\1:{UUID}}}", route.path)
-        path = path.replace("{job_id}", "{job_id:[0-9]{1,19}}")
+        path = route.path.replace("{job_id}", "{job_id:[0-9]{1,19}}")
+        path = API + re.sub(r"\{(\w+_id)\}", rf"{{\1:{UUID}}}", path)
         app.router.add_route(route.method, path, _bound(route, rest))
 
 

@@ -17,7 +17,7 @@ from aiohttp import hdrs, web
 from msgspec import Meta
 from msgspec import inspect as info
 
-from handlers import links, orders, tracking, users, webhooks
+from handlers import jobs, links, orders, tracking, users, webhooks
 from handlers.checkout import StartPayment
 from handlers.context import Tx
 from handlers.payment_lists import ListPayments, PaymentFilters, PaymentHistory, PaymentPage, ReadHistory
@@ -298,6 +298,22 @@ class Rest:
         given = await self._doors.perform(verb, call.actor, webhook_id, call.command, key=key)
         return web.Response(status=given.status, body=given.body, content_type="application/json")
 
+    # background jobs
+
+    async def list_jobs(self, call: Call) -> web.Response:
+        async with self._doors.database.statement() as tx:
+            return answer(await jobs.list_jobs(tx, call.actor, call.command))
+
+    async def retry_job(self, call: Call) -> web.Response:
+        return await self._decide_job(call, RETRY_JOB)
+
+    async def dismiss_job(self, call: Call) -> web.Response:
+        return await self._decide_job(call, DISMISS_JOB)
+
+    async def _decide_job(self, call: Call, verb: Verb) -> web.Response:
+        job_id, key = call.request.match_info["job_id"], call.request.headers.get("Idempotency-Key")
+        return written(await self._doors.perform(verb, call.actor, job_id, call.command, key=key))
+
     # every route
 
     async def handle(self, route: Route, request: web.Request) -> web.StreamResponse:
@@ -433,6 +449,8 @@ QUOTE = Verb("quote", orders.quote)
 CANCEL = Verb("cancel", orders.cancel)
 ASSIGN = Verb("assign", orders.assign, before=orders.before_assign)
 REVOKE = Verb("revoke", users.revoke)
+RETRY_JOB = Verb("retry_job", jobs.retry_job)
+DISMISS_JOB = Verb("dismiss_job", jobs.dismiss_job)
 RETRY_WEBHOOK = Verb("retry_webhook", webhooks.retry_webhook)
 DISMISS_WEBHOOK = Verb("dismiss_webhook", webhooks.dismiss_webhook)
 
@@ -631,6 +649,36 @@ ROUTES = [
         200,
         (Forbidden, NotFound, Conflict),
     ),
+    Route(
+        "GET",
+        "/jobs",
+        Rest.list_jobs,
+        "Background jobs that are not done, newest first",
+        jobs.ListJobs,
+        jobs.JobPage,
+        200,
+        (Forbidden,),
+    ),
+    Route(
+        "POST",
+        "/jobs/{job_id}/retry",
+        Rest.retry_job,
+        "Run a dead or parked job again",
+        jobs.RetryJob,
+        jobs.BackgroundJob,
+        200,
+        (Forbidden, NotFound, Conflict),
+    ),
+    Route(
+        "POST",
+        "/jobs/{job_id}/dismiss",
+        Rest.dismiss_job,
+        "Leave a dead or parked job undone",
+        jobs.DismissJob,
+        jobs.BackgroundJob,
+        200,
+        (Forbidden, NotFound, Conflict),
+    ),
 ]
 
 _START = (NotFound, Forbidden, OrderClosed, AlreadyPaid, PaymentInProgress, Conflict)
@@ -764,7 +812,8 @@ ROUTES += PAYMENT_ROUTES
 
 def add_routes(app: web.Application, rest: Rest) -> None:
     for route in ROUTES:
-        path = API + re.sub(r"\{(\w+_id)\}", rf"{{\1:{UUID}}}", route.path)
+        path = route.path.replace("{job_id}", "{job_id:[0-9]{1,19}}")
+        path = API + re.sub(r"\{(\w+_id)\}", rf"{{\1:{UUID}}}", path)
         app.router.add_route(route.method, path, _bound(route, rest))
 
 

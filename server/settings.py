@@ -91,7 +91,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     link_ttl_max_s: Annotated[Seconds, Meta(description="longest life that a request may ask for")] = 90 * 24 * 3600
     guest_token_ttl_s: Annotated[Seconds, Meta(description="life of the token that a link is exchanged for")] = 3600
 
-    db_pool_size: Annotated[Count, Meta(description="connections to Postgres per process")] = 10
+    db_pool_size: Annotated[
+        Count, Meta(description="connections to Postgres per process; one that works has one more, to hear of jobs")
+    ] = 10
     db_timeout_ms: Annotated[
         Milliseconds, Meta(description="time limit of one statement, and of waiting for a connection")
     ] = 2000
@@ -119,6 +121,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 5000
     idempotency_keep_s: Annotated[Seconds, Meta(description="life of an Idempotency-Key")] = 7 * 24 * 3600
 
+    jobs_at_once_max: Annotated[
+        Annotated[int, Meta(ge=2, le=1000)], Meta(description="background jobs that one process runs at once")
+    ] = 10
+    job_poll_ms: Annotated[
+        Milliseconds,
+        Meta(description="how often jobs are looked for without news of one; behind a pooler there is no news"),
+    ] = 1000
+    job_timeout_s: Annotated[Seconds, Meta(description="longest run of a job; beyond, it has failed")] = 120
+    job_takeover_s: Annotated[Seconds, Meta(description="silence of a worker after which its jobs are another's")] = 15
+    job_attempts_max: Annotated[
+        Count, Meta(description="failures in a row after which a job is dead: held until staff decides")
+    ] = 15
+    job_retry_base_s: Annotated[
+        Seconds, Meta(description="pause after a job's first failure; it doubles with each further one")
+    ] = 2
+    job_retry_max_s: Annotated[Seconds, Meta(description="longest pause after a job's failure")] = 600
+    job_log_keep_s: Annotated[Seconds, Meta(description="how long the job library's log is kept")] = 7 * 24 * 3600
     razorpay_key_id: Annotated[
         str, Meta(description="rzp_test_… or rzp_live_…; with none of Razorpay's keys, development runs its simulator")
     ] = ""
@@ -572,6 +591,11 @@ def _check_relations(s: Settings) -> None:
         (
             s.idempotency_keep_s >= 7 * 24 * 3600,
             "IDEMPOTENCY_KEEP_S must be 604800 (7 days) or more: clients retry for days",
+        ),
+        (s.job_retry_base_s <= s.job_retry_max_s, "JOB_RETRY_BASE_S must not be more than JOB_RETRY_MAX_S"),
+        (
+            4 * s.db_timeout_ms <= s.job_takeover_s * 1000,
+            "JOB_TAKEOVER_S must be four times DB_TIMEOUT_MS or more, or a living worker's jobs are taken over",
         ),
         (
             s.webhook_retry_base_s <= s.webhook_retry_max_s,

@@ -149,7 +149,9 @@ class Razorpay:
         return [msgspec.structs.replace(one, report=Report.CANCELLED) for one in news]
 
     async def confirm(self, known: Known, payment_method_id: str, return_url: str) -> Confirmed:
-        raise GatewayRefused(self.provider, 400, "unsupported", "Razorpay's payments are confirmed by its checkout only.")
+        raise GatewayRefused(
+            self.provider, 400, "unsupported", "Razorpay's payments are confirmed by its checkout only."
+        )
 
     async def refund(self, new: NewRefund) -> RefundNews:
         """The key makes a repeat the same refund. What was refused may still be ours, when an earlier call was carried

@@ -250,7 +250,11 @@ def _read(kind: str, event: Event) -> Sequence[News]:
 
 
 def _beside(
-    payment: Payment | None, payment_id: str, *, refunds: tuple[RefundNews, ...] = (), disputes: tuple[DisputeNews, ...] = ()
+    payment: Payment | None,
+    payment_id: str,
+    *,
+    refunds: tuple[RefundNews, ...] = (),
+    disputes: tuple[DisputeNews, ...] = (),
 ) -> News:
     """News of refunds or disputes. If the payment that comes with them was captured, that is said as well: the event
     that says only this may still be under way."""

@@ -1,6 +1,6 @@
 """How a simulator misbehaves on command, as gateways do: from Python in tests, over HTTP in a running demo.
 
-    curl -X POST URL/sandbox/mischief -d '{"fault": "drop", "faultCalls": 2, "webhookCopies": 3}'
+curl -X POST URL/sandbox/mischief -d '{"fault": "drop", "faultCalls": 2, "webhookCopies": 3}'
 """
 
 from __future__ import annotations

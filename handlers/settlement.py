@@ -376,6 +376,18 @@ class Book:
         self._lifecycle.append("payment.created")
         self.tell_payment()
 
+    def resume(self, terms: Terms) -> bool:
+        """Somebody asks for the open payment again instead of another one: whether that changes anything. When less
+        than half of its window is left, the order is held for another one."""
+        payment, order, now = self.payment, self.order, self.tx.now()
+        resumed, payment.superseded = payment.superseded, False
+        half = now + dt.timedelta(seconds=terms.payment_window_s / 2)
+        if order.status is Status.PENDING and order.expires_at is not None and order.expires_at < half:
+            self._hold_until(now + dt.timedelta(seconds=terms.payment_window_s))
+            self.tell_payment()
+            return True
+        return resumed
+
     def _hold_until(self, at: dt.datetime) -> None:
         if self.order.status is Status.PENDING and self.order.expires_at is not None:
             self.order.expires_at = max(self.order.expires_at, at)

@@ -1,8 +1,8 @@
 """The one settle path: whatever the world says of a payment is booked here, in one transaction.
 
 The row of the order is the mutex of all its money: it is locked first, then payments, captures, refunds and the ledger
-are read and written, and the events of payment and order follow. `settle` judges news from a gateway; `Book` is what it,
-and every other verb that touches money, writes with. Nothing here calls a gateway: what must be called becomes a job.
+are read and written, and the events of payment and order follow. `settle` judges news from a gateway; `Book` is what
+it, and every other verb that touches money, writes with. Nothing here calls a gateway: what must be called is a job.
 """
 
 from __future__ import annotations
@@ -223,7 +223,8 @@ select p.*, exists(select from payments q where q.order_id = p.order_id and q.id
     and q.status in ('processing', 'authorized', 'unknown')) as others_moving
 from payments p where p.id = $1"""
 MOVING_ON = """
-select exists(select from payments where order_id = $1 and status in ('processing', 'authorized', 'unknown')) as moving"""
+select exists(select from payments where order_id = $1
+    and status in ('processing', 'authorized', 'unknown')) as moving"""
 
 
 async def open_book(tx: Tx, payment_id: str) -> Book:
@@ -307,7 +308,8 @@ select x.entry, $1, x.kind, x.account, x.currency, x.amount, $2, $3, x.refund, $
 from unnest($5::uuid[], $6::text[], $7::text[], $8::text[], $9::bigint[], $10::uuid[])
     as x(entry, kind, account, currency, amount, refund)"""
 WRITE_LIFECYCLE = """
-insert into lifecycle_events (type, at, order_id, payment_id, data) select x, $1, $2, $3, $4 from unnest($5::text[]) as x"""
+insert into lifecycle_events (type, at, order_id, payment_id, data)
+select x, $1, $2, $3, $4 from unnest($5::text[]) as x"""
 WRITE_INPUT = """
 insert into payment_inputs (payment_id, at, source, actor, kind, before, after, detail)
 values ($1, $2, $3, $4, $5, $6, $7, $8)"""
@@ -441,6 +443,7 @@ class Book:
         payment.attempted = True
         right = (amount, currency) == (payment.expected, payment.currency)
         applied, cause = (await self._apply(amount, house)) if right else (0, Cause.MISMATCH)
+        self.order.paid += applied
         await self.tx.one(ADD_CAPTURE, payment.provider, key, payment.id, amount, currency, applied, fee, now)
         self.post(
             "capture",
@@ -609,8 +612,10 @@ class Book:
         if any(news.gateway_refund_id in row.earlier for row in rows):
             return
         found = next((row for row in rows if row.gateway_refund_id == news.gateway_refund_id), None)
-        found = found or next((row for row in rows if str(row.id) == news.refund_id and row.gateway_refund_id is None), None)
-        # the gateway gives money back by itself too, when an order is paid twice: then it has done what we were about to
+        found = found or next(
+            (row for row in rows if str(row.id) == news.refund_id and row.gateway_refund_id is None), None
+        )
+        # gateways give back by themselves what was paid twice: then it has done what we were about to
         found = found or next(
             (
                 row

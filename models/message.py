@@ -62,7 +62,8 @@ class RefundedLine(View):
 
 
 class PaymentUpdate(OrderEvent):
-    """A payment of the order has changed. `payment` is the order's own sums after that. Tracking guests see no amounts."""
+    """A payment of the order has changed. `payment` is the order's own sums after that. Guests that track see no
+    amounts."""
 
     payment_id: UuidText
     status: PaymentStatus

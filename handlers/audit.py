@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
+from sqlalchemy import select
 
 from handlers.context import Row, Tx
+from handlers.cursors import instant
+from models.audit import audit
 from models.base import ShortText, Strict, Time, View, rfc3339
-from models.errors import Invalid
 from models.order import require_all_orders, require_role
 from models.user import Actor, Role
 
@@ -60,13 +62,6 @@ class AuditPage(msgspec.Struct, frozen=True, rename="camel"):
     next_cursor: Annotated[str | None, Meta(description="`cursor` of the next page; null on the last one")]
 
 
-LIST = """
-select id, at, actor, action, subject, before, after, request_id from audit
-where ($1::text is null or subject = $1) and ($2::text is null or actor = $2)
-    and ($3::timestamptz is null or at >= $3) and ($4::bigint is null or id < $4)
-order by id desc limit $5"""
-
-
 async def list_audit(tx: Tx, actor: Actor, cmd: ListAudit) -> AuditPage:
     """What was done, newest first.
 
@@ -75,23 +70,17 @@ async def list_audit(tx: Tx, actor: Actor, cmd: ListAudit) -> AuditPage:
     """
     require_role(actor, {Role.ADMIN}, "read the audit log")
     require_all_orders(actor, "read the audit log")
-    rows = await tx.all(
-        LIST,
-        None if isinstance(cmd.subject, UnsetType) else cmd.subject,
-        None if isinstance(cmd.actor, UnsetType) else cmd.actor,
-        None if isinstance(cmd.from_, UnsetType) else _utc(cmd.from_),
-        None if isinstance(cmd.cursor, UnsetType) else int(cmd.cursor),
-        cmd.limit + 1,
-    )
+    query = select(audit)
+    for name in ("subject", "actor"):
+        if (wanted := getattr(cmd, name)) is not UNSET:
+            query = query.where(audit.c[name] == wanted)
+    if isinstance(cmd.from_, dt.datetime):
+        query = query.where(audit.c.at >= instant(cmd.from_, "/from"))
+    if isinstance(cmd.cursor, str):
+        query = query.where(audit.c.id < int(cmd.cursor))
+    rows = await tx.select(query.order_by(audit.c.id.desc()).limit(cmd.limit + 1))
     page = rows[: cmd.limit]
     return AuditPage([_shown(row) for row in page], str(page[-1]["id"]) if len(rows) > cmd.limit else None)
-
-
-def _utc(at: dt.datetime) -> dt.datetime:
-    try:
-        return at.astimezone(dt.UTC)
-    except OverflowError:
-        raise Invalid("This time is out of range.", "/from") from None
 
 
 def _shown(row: Row) -> AuditRow:

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from handlers.context import Tx
+from handlers.cursors import instant
 from models.base import ShortText, Strict, View
 from models.errors import Invalid
 from models.order import check_currency, require_all_orders, require_role
@@ -193,8 +194,7 @@ def _range(cmd: DailyStats, zone: ZoneInfo, now: dt.datetime, days_max: int) -> 
             start = _bound(cmd.from_, zone, "/from")
         else:
             start = midnight(end.astimezone(zone).date() - dt.timedelta(days=DAYS_DEFAULT), zone)
-        # a day more at both ends: what is counted is the zone's days
-        start - dt.timedelta(days=2), end + dt.timedelta(days=2)
+        midnight(end.astimezone(zone).date() + dt.timedelta(days=1), zone)  # the last that is looked at
     except OverflowError:
         raise Invalid("This time is out of range.", "/from") from None
     if end - start > dt.timedelta(days=days_max):
@@ -210,9 +210,7 @@ def _bound(text: str, zone: ZoneInfo, pointer: str) -> dt.datetime:
         at = msgspec.convert(text, dt.datetime)
     except ValueError:
         raise Invalid("Write an instant such as 2026-11-21T00:00:00Z, or a date such as 2026-11-21.", pointer) from None
-    if at.tzinfo is None:
-        raise Invalid("A time needs its offset, as in 2026-11-21T00:00:00Z.", pointer)
-    return at.astimezone(dt.UTC)
+    return instant(at, pointer)
 
 
 # the ledger
@@ -250,7 +248,9 @@ async def trial_balance(tx: Tx, actor: Actor, cmd: ReadTrialBalance) -> TrialBal
     require_all_orders(actor, "read the ledger")
     currency = None if isinstance(cmd.currency, UnsetType) else check_currency(cmd.currency)
     rows = await tx.all(TRIAL_BALANCE, currency)
-    accounts = [AccountBalance(account=row["account"], currency=row["currency"], balance=int(row["balance"])) for row in rows]
+    accounts = [
+        AccountBalance(account=row["account"], currency=row["currency"], balance=int(row["balance"])) for row in rows
+    ]
     sums: dict[str, int] = {}
     for one in accounts:
         sums[one.currency] = sums.get(one.currency, 0) + one.balance

@@ -34,9 +34,14 @@ def _zones() -> frozenset[str]:
     return frozenset(available_timezones()) - {"Factory", "localtime"}  # which are no places
 
 
+def is_time_zone(name: str) -> bool:
+    """Whether the IANA has a time zone of this name."""
+    return name in _zones()
+
+
 def time_zone(name: str) -> ZoneInfo:
     """Raises Invalid: the IANA has no time zone of this name."""
-    if name not in _zones():
+    if not is_time_zone(name):
         raise Invalid(f"{name!r} is not the name of a time zone, as Asia/Kolkata is.", "/tz")
     return ZoneInfo(name)
 

@@ -52,9 +52,7 @@ def test_what_is_due_is_settled_whole_and_the_difference_balances(due: int, unit
     coins = {"INR": unit}
     taken = take(due, "INR", rounded(due, "INR", coins), None, coins, partial=False)
     assert (taken.applied, taken.change) == (due, None)
-    assert balanced(
-        Post(TILL, taken.amount), Post(ORDER_RECEIVABLE, -taken.applied), Post(ROUNDING, taken.rounding)
-    )
+    assert balanced(Post(TILL, taken.amount), Post(ORDER_RECEIVABLE, -taken.applied), Post(ROUNDING, taken.rounding))
 
 
 @given(dues, st.integers(-5, 10**12), units)

@@ -29,9 +29,8 @@ ODD_ZONES = [
     "Pacific/Apia",  # had no 2011-12-30
     "Antarctica/Troll",
 ]
-instants = st.datetimes(
-    dt.datetime(2011, 1, 1), dt.datetime(2030, 1, 1), timezones=st.just(dt.UTC)
-)
+BEGAN = dt.datetime(2011, 1, 1, tzinfo=dt.UTC)
+instants = st.timedeltas(dt.timedelta(0), dt.timedelta(days=7000)).map(lambda age: BEGAN + age)
 
 
 def local(at: dt.datetime, zone: ZoneInfo, group: Group) -> str:
@@ -61,7 +60,7 @@ def test_every_instant_is_in_the_period_of_its_local_date(
     for at in [*starts, *(one - dt.timedelta(microseconds=1) for one in starts[1:])]:
         assert found[bisect_right(starts, at) - 1].name == local(at, zone, group)
     for _ in range(5):
-        at = data.draw(st.datetimes(start.replace(tzinfo=None), end.replace(tzinfo=None), timezones=st.just(dt.UTC)))
+        at = start + data.draw(st.timedeltas(dt.timedelta(0), length))
         if at < end:
             assert found[bisect_right(starts, at) - 1].name == local(at, zone, group)
 
@@ -100,7 +99,10 @@ def test_weeks_begin_on_monday_and_belong_to_the_year_of_their_thursday() -> Non
     ]
 
 
-@pytest.mark.parametrize("name", ["", "IST", "localtime", "Factory", "Mars/Olympus", "+05:30", "../../etc/passwd", "asia/kolkata", "\0", "x" * 300])
+@pytest.mark.parametrize(
+    "name",
+    ["", "IST", "localtime", "Factory", "Mars/Olympus", "+05:30", "../../etc/passwd", "asia/kolkata", "\0", "x" * 300],
+)
 def test_only_names_of_the_iana_are_zones(name: str) -> None:
     with pytest.raises(Invalid) as refusal:
         time_zone(name)

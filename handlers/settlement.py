@@ -480,6 +480,7 @@ class Book:
     async def take_cash(self, taken: Taken, account: str) -> None:
         """Book cash that came into `account`: it settles `taken.applied`, in the coins there were for it."""
         payment = self.payment
+        await self._write_payment()  # the capture names it
         payment.attempted = True
         self.order.paid += taken.applied
         payment.captured += taken.amount
@@ -799,10 +800,7 @@ class Book:
         """Write everything. `kind` and `detail` (what JSON can hold) are kept in the payment's history."""
         payment, now = self.payment, self.tx.now()
         payment.updated_at = now
-        if self._is_new:
-            await self.tx.one(INSERT_PAYMENT, *(getattr(payment, name) for name in _COLUMNS))
-        else:
-            await self.tx.one(UPDATE_PAYMENT, payment.id, *(getattr(payment, name) for name in _MUTABLE))
+        await self._write_payment()
         await self.write_order()
         await self._write_ledger(note)
         if self._lifecycle:
@@ -820,6 +818,14 @@ class Book:
             _json(detail),
         )
         return Settled(str(payment.id), self.order_id, self._before or payment.status, payment.status)
+
+    async def _write_payment(self) -> None:
+        payment = self.payment
+        if self._is_new:
+            await self.tx.one(INSERT_PAYMENT, *(getattr(payment, name) for name in _COLUMNS))
+            self._is_new = False
+        else:
+            await self.tx.one(UPDATE_PAYMENT, payment.id, *(getattr(payment, name) for name in _MUTABLE))
 
     async def write_order(self) -> None:
         """Write the order and its events alone: for verbs that change no payment."""

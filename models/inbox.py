@@ -20,10 +20,10 @@ idempotency_keys = Table(
     Column("key", Text, primary_key=True),
     # sha-256 of the parsed command: another command under the same key is refused
     Column("fingerprint", LargeBinary, nullable=False),
-    # both empty while the verb waits for a gateway: then `subject` is the payment or refund that a repeat carries on
+    # both empty while the verb waits for a gateway: then `subjects` are the payment or refunds that a repeat carries on
     Column("status", Integer),
     Column("answer", Text),
-    Column("subject", Uuid),
+    Column("subjects", ARRAY(Uuid)),
     Column("created_at", UtcTime, nullable=False),
     Index("ix_idempotency_keys_created_at", "created_at"),
 )

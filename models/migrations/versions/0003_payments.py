@@ -268,7 +268,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["refund_id"], ["refunds.id"], name=op.f("fk_refund_lines_refund_id")),
         sa.PrimaryKeyConstraint("refund_id", "position", name=op.f("pk_refund_lines")),
     )
-    op.add_column("idempotency_keys", sa.Column("subject", sa.Uuid(), nullable=True))
+    op.add_column("idempotency_keys", sa.Column("subjects", postgresql.ARRAY(sa.Uuid()), nullable=True))
     op.alter_column("idempotency_keys", "status", existing_type=sa.INTEGER(), nullable=True)
     op.alter_column("idempotency_keys", "answer", existing_type=sa.TEXT(), nullable=True)
     op.add_column("orders", sa.Column("paying", sa.Boolean(), server_default=sa.text("false"), nullable=False))

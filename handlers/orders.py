@@ -20,6 +20,7 @@ from sqlalchemy import Text, literal_column, select, tuple_
 
 from handlers.context import Row, Tx
 from handlers.ports import Closing
+from handlers.settlement import return_money
 from models.address import Address, Billing, Contact
 from models.base import Id, Later, LongText, Reason, Reference, ShortText, Strict, View, rfc3339
 from models.errors import Conflict, Invalid, NotFound
@@ -27,6 +28,7 @@ from models.event import Event, Type, event
 from models.money import EXPONENTS
 from models.order import (
     FINAL,
+    PAYMENT_EXPIRY_S,
     Agent,
     AskedItem,
     Fulfilment,
@@ -45,6 +47,7 @@ from models.order import (
     require_role,
     sight,
     sources,
+    waits_for_payment,
 )
 from models.user import BACK_OFFICE, STAFF, Actor, Role
 
@@ -164,8 +167,8 @@ async def quote(tx: Tx, actor: Actor, cmd: Place) -> Quote:
 PLACE = """
 with placed as (
     insert into orders (id, reference, customer_id, fulfilment, status, seq, currency, payment_method, items_total, tax,
-        total, delivery_address, contact, billing, dining_table, notes, created_at, updated_at)
-    values ($1, $2, $3, $4, $5, cardinality($6::text[]), $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $17)
+        total, delivery_address, contact, billing, dining_table, notes, created_at, updated_at, expires_at)
+    values ($1, $2, $3, $4, $5, cardinality($6::text[]), $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $17, $19)
     on conflict (reference) do nothing
     returning id, number
 ), lined as (
@@ -181,8 +184,9 @@ with placed as (
 select number from placed"""
 
 
-async def place(tx: Tx, actor: Actor, cmd: Place) -> Order:
-    """Place an order. An `online` order without a price is confirmed at once: there is no money to wait for.
+async def place(tx: Tx, actor: Actor, cmd: Place, *, expiry_s: int = PAYMENT_EXPIRY_S) -> Order:
+    """Place an order. An `online` order without a price is confirmed at once: there is no money to wait for. Any other
+    `online` order is cancelled after `expiry_s` seconds unless it is being paid.
 
     Raises:
         Forbidden, Invalid; Conflict: another order has this reference.
@@ -190,13 +194,16 @@ async def place(tx: Tx, actor: Actor, cmd: Place) -> Order:
     require_role(actor, BACK_OFFICE | {Role.CUSTOMER}, "place orders")
     lines, totals = price(_refuse_what_needs_stock(actor, cmd))
     currency = check_currency(cmd.currency)
-    method = PaymentMethod.LATER if isinstance(cmd.payment_method, UnsetType) else cmd.payment_method
+    usual = PaymentMethod.LATER if actor.role in BACK_OFFICE else PaymentMethod.ONLINE
+    method = usual if isinstance(cmd.payment_method, UnsetType) else cmd.payment_method
     bodies = [_status_body(Status.PENDING, None, None, actor)]
     status = Status.PENDING
     if method is PaymentMethod.ONLINE and totals.total == 0:
         status = Status.CONFIRMED
         bodies.append(_status_body(status, Status.PENDING, None, actor))
     order_id, now = tx.new_id(), tx.now()
+    waits = waits_for_payment(status, method, totals.total)
+    expires_at = now + dt.timedelta(seconds=expiry_s) if waits else None
     reference, customer_id, table, notes = (
         _or_none(cmd.reference),
         _or_none(cmd.customer_id),
@@ -223,6 +230,7 @@ async def place(tx: Tx, actor: Actor, cmd: Place) -> Order:
         notes,
         now,
         msgspec.json.encode(lines).decode(),
+        expires_at,
     )
     if row is None:
         raise Conflict(f"Another order has the reference {reference!r}.")
@@ -247,7 +255,8 @@ async def place(tx: Tx, actor: Actor, cmd: Place) -> Order:
         notes=notes,
         created_at=rfc3339(now),
         updated_at=rfc3339(now),
-    )
+        expires_at=rfc3339(expires_at) if expires_at is not None else None,
+    ).waiting()
 
 
 # read
@@ -464,6 +473,8 @@ async def cancel(tx: Tx, actor: Actor, order_id: str, cmd: Cancel) -> Order | Tr
 
 
 async def _move(tx: Tx, actor: Actor, order_id: str, target: Status, note: str | None, override: bool) -> Order:
+    if target is Status.CANCELLED:
+        tx.atomically()  # with what it does to the order's money
     seen, now = sight(actor, order_id), tx.now()
     types = TOLD_TWICE.get(target, [Type.STATUS])
     rest = _status_body(target, None, note, actor).removeprefix(f'{{"status":"{target}"')
@@ -485,6 +496,8 @@ async def _move(tx: Tx, actor: Actor, order_id: str, target: Status, note: str |
         order_id,
         [event(order_id, first + n, type_, now, "{}" if n else body) for n, type_ in enumerate(types)],
     )
+    if target is Status.CANCELLED:
+        await return_money(tx, order_id, note or "cancelled", actor=actor)
     return order
 
 

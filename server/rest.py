@@ -8,7 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Hashable
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import msgspec
@@ -90,6 +90,7 @@ class Rest:
         self._takes_requests = takes_requests
         self.public_url = settings.public_url
         """What links start with; the process fills it in when it knows its port."""
+        self._place = Verb("place", partial(orders.place, expiry_s=settings.payment_expiry_s), status=201)
         self._create_link = Verb("create_tracking_link", self._new_link, status=201)
 
     async def _new_link(self, tx: Tx, actor: Actor, order_id: str, command: links.CreateLink) -> links.Link:
@@ -102,6 +103,9 @@ class Rest:
             ttl_s=self._settings.link_ttl_s,
             ttl_max_s=self._settings.link_ttl_max_s,
         )
+
+    async def place(self, call: Call) -> web.Response:
+        return written(await self.perform(call, self._place))
 
     # reads
 
@@ -209,8 +213,7 @@ class Rest:
             command = decode(await read_json(request), route.takes)
         call = Call(request, actor, request.match_info.get("order_id", ""), command)
         if isinstance(route.run, Verb):
-            given = await self.perform(call, route.run)
-            return web.Response(status=given.status, body=given.body, content_type="application/json")
+            return written(await self.perform(call, route.run))
         return await route.run(self, call)
 
     async def _actor(self, request: web.Request) -> Actor:
@@ -315,14 +318,13 @@ class Route(NamedTuple):
     """What the answer is written in; as text/csv, `gives` is what one row shows."""
 
 
-PLACE = Verb("place", orders.place, status=201)
 QUOTE = Verb("quote", orders.quote)
 CANCEL = Verb("cancel", orders.cancel)
 ASSIGN = Verb("assign", orders.assign, before=orders.before_assign)
 REVOKE = Verb("revoke", users.revoke)
 
 ROUTES = [
-    Route("POST", "/orders", PLACE, "Place an order", orders.Place, Order, 201, (Forbidden, Conflict)),
+    Route("POST", "/orders", Rest.place, "Place an order", orders.Place, Order, 201, (Forbidden, Conflict)),
     Route(
         "POST",
         "/orders/quote",
@@ -464,6 +466,10 @@ def _bound(route: Route, rest: Rest) -> Handler:
         return await rest.handle(route, request)
 
     return handler
+
+
+def written(given: Answer) -> web.Response:
+    return web.Response(status=given.status, body=given.body, content_type="application/json")
 
 
 def answer(value: object, status: int = 200) -> web.Response:

@@ -526,9 +526,11 @@ class Book:
         reference: str | None = None,
         lines: Sequence[tuple[int, int, int]] = (),
         delivery: int = 0,
+        after_s: float = 0,
     ) -> list[uuid.UUID]:
-        """Reserve `amount` of what came (minor units of the payment's currency); a job carries it out. One refund for
-        each capture that it is taken from, newest first: nearly always one. `lines`: (position, quantity, amount).
+        """Reserve `amount` of what came (minor units of the payment's currency); a job carries it out, not before
+        `after_s`. One refund for each capture that it is taken from, newest first: nearly always one. `lines`:
+        (position, quantity, amount).
 
         Raises:
             NotRefundable: more than came and is neither back, nor on its way, nor in dispute.
@@ -553,6 +555,7 @@ class Book:
                     reference=reference,
                     lines=() if made else lines,
                     delivery=0 if made else delivery,
+                    after_s=after_s,
                 )
             )
             amount -= part
@@ -658,6 +661,8 @@ class Book:
             reference,
         )
         if succeeded == was:
+            if status is RefundStatus.FAILED and row.status is not status:
+                self.tell_payment()  # whoever waits for it looks again
             return
         sign = 1 if succeeded else -1
         if row.currency == payment.currency:

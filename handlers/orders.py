@@ -6,8 +6,6 @@ Postgres in one round trip. A guard that lets nothing through is explained by a 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import datetime as dt
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -19,6 +17,7 @@ from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy import Text, literal_column, select, tuple_
 
 from handlers.context import Row, Tx
+from handlers.cursors import decode_cursor, encode_cursor, instant
 from handlers.ports import Closing
 from handlers.settlement import return_money
 from models.address import Address, Billing, Contact
@@ -319,14 +318,17 @@ async def list_orders(tx: Tx, actor: Actor, cmd: ListOrders) -> OrderPage:
         if (wanted := getattr(cmd, name)) is not UNSET:
             query = query.where(o.c[name] == wanted)
     if isinstance(cmd.from_, dt.datetime):
-        query = query.where(o.c.created_at >= _instant(cmd.from_, "/from"))
+        query = query.where(o.c.created_at >= instant(cmd.from_, "/from"))
     if isinstance(cmd.to, dt.datetime):
-        query = query.where(o.c.created_at < _instant(cmd.to, "/to"))
+        query = query.where(o.c.created_at < instant(cmd.to, "/to"))
     if isinstance(cmd.cursor, str):
-        query = query.where(tuple_(o.c.created_at, o.c.id) < tuple_(*_decode_cursor(cmd.cursor)))
+        query = query.where(tuple_(o.c.created_at, o.c.id) < tuple_(*decode_cursor(cmd.cursor)))
     rows = await tx.select(query.order_by(o.c.created_at.desc(), o.c.id.desc()).limit(cmd.limit + 1))
     page = rows[: cmd.limit]
-    return OrderPage([from_row(row) for row in page], _encode_cursor(page[-1]) if len(rows) > cmd.limit else None)
+    return OrderPage(
+        [from_row(row) for row in page],
+        encode_cursor(page[-1]["created_at"], page[-1]["id"]) if len(rows) > cmd.limit else None,
+    )
 
 
 async def export_orders(
@@ -341,28 +343,6 @@ async def export_orders(
         if found.next_cursor is None:
             return
         page = msgspec.structs.replace(page, cursor=found.next_cursor)
-
-
-def _instant(at: dt.datetime, pointer: str) -> dt.datetime:
-    """`at` in UTC. Raises Invalid: without its offset it is no instant, or Postgres' calendar does not know it."""
-    if at.tzinfo is None:
-        raise Invalid("A time needs its offset, as in 2026-11-21T00:00:00Z.", pointer)
-    try:
-        return at.astimezone(dt.UTC)
-    except OverflowError:
-        raise Invalid("This time is out of range.", pointer) from None
-
-
-def _encode_cursor(row: Row) -> str:
-    return base64.urlsafe_b64encode(row["created_at"].isoformat().encode() + b"|" + row["id"].bytes).decode()
-
-
-def _decode_cursor(cursor: str) -> tuple[dt.datetime, uuid.UUID]:
-    try:
-        at, _, order_id = base64.urlsafe_b64decode(cursor.encode("ascii")).partition(b"|")
-        return _instant(dt.datetime.fromisoformat(at.decode("ascii")), "/cursor"), uuid.UUID(bytes=order_id)
-    except (ValueError, binascii.Error, Invalid):
-        raise Invalid("This cursor is not one of ours; start again without it.", "/cursor") from None
 
 
 EVENTS = f"""

@@ -23,3 +23,15 @@ async def enqueue(tx: Tx, name: str, subject: str, *, after_s: float = 0) -> Non
     One that still waits for the same name and subject is the same job, and runs at the earlier of both times.
     """
     await tx.one(ENQUEUE, name, subject.encode(), after_s)
+
+
+class NotYet(Exception):
+    """Raised by a job that cannot be done yet and has not failed: it runs again after `after_s` seconds."""
+
+    def __init__(self, after_s: float) -> None:
+        super().__init__(f"again after {after_s:g} s")
+        self.after_s = after_s
+
+
+class GiveUp(Exception):
+    """Raised by a job that can never be done: it is held for staff at once. The text says why."""

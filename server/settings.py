@@ -116,6 +116,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 5000
     idempotency_keep_s: Annotated[Seconds, Meta(description="life of an Idempotency-Key")] = 7 * 24 * 3600
 
+    jobs_at_once_max: Annotated[
+        Annotated[int, Meta(ge=2, le=1000)], Meta(description="background jobs that one process runs at once")
+    ] = 10
+    job_poll_ms: Annotated[
+        Milliseconds,
+        Meta(description="how often jobs are looked for without news of one; behind a pooler there is no news"),
+    ] = 1000
+    job_timeout_s: Annotated[Seconds, Meta(description="longest run of a job; beyond, it has failed")] = 120
+    job_takeover_s: Annotated[Seconds, Meta(description="silence of a worker after which its jobs are another's")] = 15
+    job_attempts_max: Annotated[
+        Count, Meta(description="failures in a row after which a job is dead: held until staff decides")
+    ] = 15
+    job_retry_base_s: Annotated[
+        Seconds, Meta(description="pause after a job's first failure; it doubles with each further one")
+    ] = 2
+    job_retry_max_s: Annotated[Seconds, Meta(description="longest pause after a job's failure")] = 600
+    job_log_keep_s: Annotated[Seconds, Meta(description="how long the job library's log is kept")] = 7 * 24 * 3600
+
     cors_origins: Annotated[
         str, Meta(description="origins whose pages may call this server, comma-separated, or *; empty: its own only")
     ] = ""
@@ -487,6 +505,11 @@ def _check_relations(s: Settings) -> None:
         (
             s.idempotency_keep_s >= 7 * 24 * 3600,
             "IDEMPOTENCY_KEEP_S must be 604800 (7 days) or more: clients retry for days",
+        ),
+        (s.job_retry_base_s <= s.job_retry_max_s, "JOB_RETRY_BASE_S must not be more than JOB_RETRY_MAX_S"),
+        (
+            4 * s.db_timeout_ms <= s.job_takeover_s * 1000,
+            "JOB_TAKEOVER_S must be four times DB_TIMEOUT_MS or more, or a living worker's jobs are taken over",
         ),
         (s.link_ttl_s <= s.link_ttl_max_s, "LINK_TTL_S must not be more than LINK_TTL_MAX_S"),
         (

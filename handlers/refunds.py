@@ -79,6 +79,14 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     refund_ask_after_s: int
 
 
+class Desk(NamedTuple):
+    """What the verbs need of the world."""
+
+    transactions: Transactions
+    gateways: Gateways
+    terms: Terms
+
+
 # what is asked for
 
 
@@ -319,9 +327,7 @@ async def permit_retry(tx: Tx, actor: Actor, refund_id: str, cmd: RetryRefund) -
 
 
 async def refund_payment(
-    transactions: Transactions,
-    gateways: Gateways,
-    terms: Terms,
+    desk: Desk,
     once: Once,
     actor: Actor,
     payment_id: str,
@@ -338,22 +344,20 @@ async def refund_payment(
         of an order that cannot be cancelled any more.
     """
     _check(cmd)
-    async with transactions() as tx:
+    async with desk.transactions() as tx:
         ids = list(await once.begun(tx))
         if not ids:
             order_id = await permit_payment(tx, actor, payment_id, cmd)
             await tx.one(LOCK, uuid.UUID(order_id))
-            ids = await _begin(tx, actor, terms, order_id, [uuid.UUID(payment_id)], cmd)
+            ids = await _begin(tx, actor, desk.terms, order_id, [uuid.UUID(payment_id)], cmd)
             await once.begin(tx, *ids)
-    made, status = await _carry_out(transactions, gateways, terms, actor, ids)
+    made, status = await _carry_out(desk, actor, ids)
     # a payment with several captures is refunded from the newest on, nearly always from one: the list has them all
     return Done(status, made[0])
 
 
 async def refund_order(
-    transactions: Transactions,
-    gateways: Gateways,
-    terms: Terms,
+    desk: Desk,
     once: Once,
     actor: Actor,
     order_id: str,
@@ -364,15 +368,15 @@ async def refund_order(
     Answers and raises as `refund_payment`.
     """
     _check(cmd)
-    async with transactions() as tx:
+    async with desk.transactions() as tx:
         ids = list(await once.begun(tx))
         if not ids:
             await permit_order(tx, actor, order_id, cmd)
             await tx.one(LOCK, uuid.UUID(order_id))
             rows = await tx.all(PAYMENTS, uuid.UUID(order_id))
-            ids = await _begin(tx, actor, terms, order_id, [row["id"] for row in rows], cmd)
+            ids = await _begin(tx, actor, desk.terms, order_id, [row["id"] for row in rows], cmd)
             await once.begin(tx, *ids)
-    made, status = await _carry_out(transactions, gateways, terms, actor, ids)
+    made, status = await _carry_out(desk, actor, ids)
     return Done(status, RefundList(made))
 
 
@@ -571,16 +575,14 @@ async def _asking(tx: Tx, refund_id: str) -> _Asking:
     )
 
 
-async def _ask(
-    transactions: Transactions, gateways: Gateways, refund_id: str, source: Source, actor: Actor | None
-) -> _Asking:
+async def _ask(desk: Desk, refund_id: str, source: Source, actor: Actor | None) -> _Asking:
     """Ask the gateway for a refund, or about it, unless it is settled; what is known of it then.
 
     Never raises for what the gateway does: what stays open is asked about again by the job.
     """
-    async with transactions() as tx:
+    async with desk.transactions() as tx:
         asking = await _asking(tx, refund_id)
-    gateway = gateways.get(asking.provider)
+    gateway = desk.gateways.get(asking.provider)
     if asking.status in SETTLED or gateway is None:
         return asking
     news = await _news(gateway, asking)
@@ -591,9 +593,9 @@ async def _ask(
         asking.gateway_refund_id,
     ):
         return asking
-    async with transactions() as tx:
+    async with desk.transactions() as tx:
         await tell_refund(tx, refund_id, asking.new.attempt, news, source, actor=actor)
-    async with transactions() as tx:
+    async with desk.transactions() as tx:
         return await _asking(tx, refund_id)
 
 
@@ -648,20 +650,16 @@ def _said(new: NewRefund, report: RefundReport, failure: Failure | None = None) 
     )
 
 
-async def _carry_out(
-    transactions: Transactions, gateways: Gateways, terms: Terms, actor: Actor, ids: Sequence[str]
-) -> tuple[list[Refund], int]:
+async def _carry_out(desk: Desk, actor: Actor, ids: Sequence[str]) -> tuple[list[Refund], int]:
     """Ask the gateways for refunds that are reserved; the refunds, and the status of the answer."""
-    asked = [await _ask(transactions, gateways, refund_id, Source.STAFF, actor) for refund_id in ids]
-    async with transactions() as tx:
+    asked = [await _ask(desk, refund_id, Source.STAFF, actor) for refund_id in ids]
+    async with desk.transactions() as tx:
         rows = {str(row["id"]): view(row) for row in await tx.all(FOUND, [uuid.UUID(one) for one in ids])}
     return [rows[one] for one in ids], 201 if all(one.answered for one in asked) else 202
 
 
 async def carry_on(
-    transactions: Transactions,
-    gateways: Gateways,
-    terms: Terms,
+    desk: Desk,
     refund_id: str,
     between: Callable[[float, float], float],
 ) -> None:
@@ -672,12 +670,12 @@ async def carry_on(
     Raises:
         NotYet: it is still open. The pause grows with the time for which it has been.
     """
-    asked = await _ask(transactions, gateways, refund_id, Source.RECONCILIATION, None)
+    asked = await _ask(desk, refund_id, Source.RECONCILIATION, None)
     if asked.status in SETTLED:
         return
-    async with transactions() as tx:
+    async with desk.transactions() as tx:
         open_s = (tx.now() - asked.updated_at).total_seconds()
-    pause_s = min(ASK_AGAIN_MAX_S, max(terms.refund_ask_after_s, open_s))
+    pause_s = min(ASK_AGAIN_MAX_S, max(desk.terms.refund_ask_after_s, open_s))
     raise NotYet(between(pause_s / 2, pause_s))
 
 
@@ -691,9 +689,7 @@ where id = $1"""
 
 
 async def retry(
-    transactions: Transactions,
-    gateways: Gateways,
-    terms: Terms,
+    desk: Desk,
     once: Once,
     actor: Actor,
     refund_id: str,
@@ -711,12 +707,12 @@ async def retry(
         raise Invalid("What was paid back by hand needs a reference.", "/reference")
     if not by_hand and cmd.reference is not UNSET:
         raise Invalid("A reference is for what was paid back by hand.", "/reference")
-    async with transactions() as tx:
+    async with desk.transactions() as tx:
         if not await once.begun(tx):
             await permit_retry(tx, actor, refund_id, cmd)
-            await _retry(tx, actor, terms, refund_id, cmd, by_hand)
+            await _retry(tx, actor, desk.terms, refund_id, cmd, by_hand)
             await once.begin(tx, refund_id)
-    (made,), status = await _carry_out(transactions, gateways, terms, actor, [refund_id])
+    (made,), status = await _carry_out(desk, actor, [refund_id])
     return Done(200 if status == 201 else status, made)
 
 

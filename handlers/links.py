@@ -39,15 +39,27 @@ select $5, o.id, $6, $7, $8, $9 from orders o where o.id = $1 and {SEEN}
 returning order_id"""
 
 
-async def create_tracking_link(
-    tx: Tx, actor: Actor, order_id: str, cmd: CreateLink, *, digest: Callable[[str], bytes], ttl_s: int, ttl_max_s: int
+MAKERS = {Scope.TRACK: BACK_OFFICE | {Role.CUSTOMER}, Scope.PAY: BACK_OFFICE}
+"""Who hands out links: its customer pays with the token that it has, a payment link is the shop asking for money."""
+
+
+async def create_link(
+    tx: Tx,
+    actor: Actor,
+    order_id: str,
+    cmd: CreateLink,
+    *,
+    scope: Scope,
+    digest: Callable[[str], bytes],
+    ttl_s: int,
+    ttl_max_s: int,
 ) -> Link:
-    """A new link of scope `track`. `digest` gives the digest of the secret that belongs to a link's id.
+    """A new link. `digest` gives the digest of the secret that belongs to a link's id.
 
     Raises:
         NotFound, Forbidden; Invalid: a longer life than `LINK_TTL_MAX_S`.
     """
-    require_role(actor, BACK_OFFICE | {Role.CUSTOMER}, "create links")
+    require_role(actor, MAKERS[scope], f"create links of scope {scope}")
     life_s = ttl_s if isinstance(cmd.ttl_s, UnsetType) else cmd.ttl_s
     if life_s > ttl_max_s:
         raise Invalid(f"A link lives {ttl_max_s} seconds at most.", "/ttlS")
@@ -60,14 +72,14 @@ async def create_tracking_link(
         seen.customer,
         seen.agent,
         uuid.UUID(link_id),
-        Scope.TRACK,
+        scope,
         digest(link_id),
         now,
         expires_at,
     )
     if created is None:
         raise NotFound("There is no such order.")
-    return Link(id=link_id, order_id=order_id, scope=Scope.TRACK, expires_at=rfc3339(expires_at))
+    return Link(id=link_id, order_id=order_id, scope=scope, expires_at=rfc3339(expires_at))
 
 
 # The guest's token carries the link's id as its `jti`, so ending a link is the revocation of that token.

@@ -185,7 +185,10 @@ def _shape(name: str, schema: JsonSchema) -> str:
 
 def _error(kind: type[Refused], shapes: JsonSchema) -> str:
     more = shapes.get(f"{kind.__name__}Problem") or shapes.get(f"{kind.__name__}Error") or {"properties": {}}
-    members = [f"{_code(name)}: {_type(more['properties'][name])}" for name in kind.members]
+    # a code of the contract that nothing refuses with yet has no shape
+    members = [
+        f"{_code(name)}: {_type(more['properties'][name])}" for name in kind.members if name in more["properties"]
+    ]
     return (
         f'<tr id="error-{kind.code}"><td>{kind.status} {_code(kind.code)}</td><td>{escape(kind.title)}'
         f"{' · ' if members else ''}{', '.join(members)}</td></tr>"

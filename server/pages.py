@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from aiohttp import hdrs, web
+
+from models.payment import Provider
 
 WEB = Path(__file__).parent / "web"
 
@@ -38,6 +40,31 @@ _ON_PAGES = {
 }
 
 
+_CHECKOUTS = {
+    Provider.RAZORPAY: {
+        "script-src": "https://checkout.razorpay.com",
+        "frame-src": "https://api.razorpay.com https://checkout.razorpay.com",
+        "connect-src": "https://api.razorpay.com https://lumberjack.razorpay.com",
+        "img-src": "https://cdn.razorpay.com",
+        "style-src": "'unsafe-inline'",
+    },
+    Provider.STRIPE: {
+        "script-src": "https://js.stripe.com",
+        "frame-src": "https://js.stripe.com https://*.js.stripe.com https://hooks.stripe.com",
+        "connect-src": "https://api.stripe.com",
+        "img-src": "https://*.stripe.com",
+    },
+}
+"""What a gateway's own checkout needs on the page that opens it. A simulator's checkout is a page of its own."""
+
+_WITH_CHECKOUTS = {
+    # a bank's page may open in a window of its own and must find its way back
+    "Cross-Origin-Opener-Policy": "same-origin-allow-popups",
+    # gateways compare where they are opened with the sites that they know; they get the host, never the secret
+    "Referrer-Policy": "strict-origin",
+}
+
+
 class _File(NamedTuple):
     body: bytes
     small: bytes
@@ -63,20 +90,36 @@ class _File(NamedTuple):
 
 
 class Pages:
-    """The tracking page, and the files that it names."""
+    """The tracking page and the payment page, and the files that they name.
 
-    def __init__(self, folder: Path = WEB) -> None:
-        html = (folder / "track.html").read_text()
-        self._files = {name: _read(folder / name) for name in _REFERENCE.findall(html)}
-        self._track = _File.of(_REFERENCE.sub(lambda name: self._named(name[0]), html).encode(), "text/html")
+    `checkouts`: the gateways whose own checkout opens inside the payment page.
+    """
+
+    def __init__(self, checkouts: Collection[Provider] = (), folder: Path = WEB) -> None:
+        self._files: dict[str, _File] = {}
+        self._checkouts = checkouts
+        self._track = self._page(folder, "track.html")
+        self._pay = self._page(folder, "pay.html")
+
+    def _page(self, folder: Path, name: str) -> _File:
+        html = (folder / name).read_text()
+        self._files |= {file: _read(folder / file) for file in _REFERENCE.findall(html)}
+        return _File.of(_REFERENCE.sub(lambda file: self._named(file[0]), html).encode(), "text/html")
 
     def add_routes(self, app: web.Application) -> None:
         app.router.add_get("/track/{key}", self.track)
+        app.router.add_get("/pay/{key}", self.pay)
         app.router.add_get("/web/{name}", self.file)
 
     async def track(self, request: web.Request) -> web.Response:
         """The same page for every order and every link: what its address means, its script finds out."""
         return self._track.response(request, {**_ON_PAGES, "Content-Security-Policy": policy(request.host)})
+
+    async def pay(self, request: web.Request) -> web.Response:
+        """The same page for every order and every payment link."""
+        headers = {**_ON_PAGES, **(_WITH_CHECKOUTS if self._checkouts else {})}
+        rules = policy(request.host, self._checkouts)
+        return self._pay.response(request, {**headers, "Content-Security-Policy": rules})
 
     async def file(self, request: web.Request) -> web.Response:
         """A static file under a name that carries its digest.
@@ -100,17 +143,29 @@ class Pages:
         return f"{stem}.{self._files[name].digest}{dot}{extension}"
 
 
-def policy(host: str) -> str:
-    """The page's Content-Security-Policy: its own files and its own server, nothing else, nothing inline.
+def policy(host: str, checkouts: Collection[Provider] = ()) -> str:
+    """A page's Content-Security-Policy: its own files and its own server, nothing else, nothing inline, but for what
+    the gateways' checkouts need.
 
     Browsers differ in whether 'self' covers the WebSocket of the same host, so that is named, when `host` is a name.
     """
     sockets = f" ws://{host} wss://{host}" if _HOST.fullmatch(host) else ""
-    return (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-        f"connect-src 'self'{sockets}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'; trusted-types 'none'"
-    )
+    rules = {
+        "default-src": "'none'",
+        "script-src": "'self'",
+        "style-src": "'self'",
+        "img-src": "'self' data:",
+        "connect-src": f"'self'{sockets}",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    for provider in sorted(checkouts):
+        for rule, sources in _CHECKOUTS[provider].items():
+            rules[rule] = f"{rules[rule]} {sources}" if rule in rules else sources
+    if not checkouts:  # their scripts make elements out of text
+        rules |= {"require-trusted-types-for": "'script'", "trusted-types": "'none'"}
+    return "; ".join(f"{rule} {sources}" for rule, sources in rules.items())
 
 
 def _read(path: Path) -> _File:

@@ -91,14 +91,20 @@ class Rest:
         self.public_url = settings.public_url
         """What links start with; the process fills it in when it knows its port."""
         self._place = Verb("place", partial(orders.place, expiry_s=settings.payment_expiry_s), status=201)
-        self._create_link = Verb("create_tracking_link", self._new_link, status=201)
+        self._create_link = {
+            scope: Verb(name, partial(self._new_link, scope), status=201)
+            for scope, name in ((Scope.TRACK, "create_tracking_link"), (Scope.PAY, "create_payment_link"))
+        }
 
-    async def _new_link(self, tx: Tx, actor: Actor, order_id: str, command: links.CreateLink) -> links.Link:
-        return await links.create_tracking_link(
+    async def _new_link(
+        self, scope: Scope, tx: Tx, actor: Actor, order_id: str, command: links.CreateLink
+    ) -> links.Link:
+        return await links.create_link(
             tx,
             actor,
             order_id,
             command,
+            scope=scope,
             digest=lambda link_id: secret_digest(self._authenticator.link_secret(link_id)),
             ttl_s=self._settings.link_ttl_s,
             ttl_max_s=self._settings.link_ttl_max_s,
@@ -159,9 +165,15 @@ class Rest:
 
     # links and tokens
 
-    async def create_link(self, call: Call) -> web.Response:
+    async def create_tracking_link(self, call: Call) -> web.Response:
+        return await self._answer_link(call, Scope.TRACK, "track")
+
+    async def create_payment_link(self, call: Call) -> web.Response:
+        return await self._answer_link(call, Scope.PAY, "pay")
+
+    async def _answer_link(self, call: Call, scope: Scope, page: str) -> web.Response:
         """A link. Its secrets are made from its id each time the answer is given, and kept nowhere."""
-        given = await self.perform(call, self._create_link)
+        given = await self.perform(call, self._create_link[scope])
         link = msgspec.json.decode(given.body, type=links.Link)
         token = self._authenticator.guest_token(
             link_id=link.id,
@@ -169,7 +181,7 @@ class Rest:
             scope=link.scope,
             expires_at=dt.datetime.fromisoformat(link.expires_at).timestamp(),
         )
-        url = f"{self.public_url}/track/{self._authenticator.link_secret(link.id)}"
+        url = f"{self.public_url}/{page}/{self._authenticator.link_secret(link.id)}"
         return answer(CreatedLink(link.id, url, token, link.scope, link.expires_at), status=given.status)
 
     async def end_link(self, call: Call) -> web.Response:
@@ -256,7 +268,9 @@ class EventList(msgspec.Struct):
 
 
 class FollowLink(msgspec.Struct, forbid_unknown_fields=True):
-    secret: Annotated[str, Meta(min_length=1, max_length=200, description="what follows /track/ in the link's url")]
+    secret: Annotated[
+        str, Meta(min_length=1, max_length=200, description="what follows /track/ or /pay/ in the link's url")
+    ]
 
 
 class FollowedLink(msgspec.Struct, rename="camel"):
@@ -268,7 +282,7 @@ class FollowedLink(msgspec.Struct, rename="camel"):
 
 class CreatedLink(msgspec.Struct, rename="camel"):
     id: UuidText
-    url: Annotated[str, Meta(description="for people: opens the tracking page")]
+    url: Annotated[str, Meta(description="for people: opens the page")]
     token: Annotated[str, Meta(description="for programs: a bearer token, a JWT")]
     scope: Scope
     expires_at: Time
@@ -413,8 +427,18 @@ ROUTES = [
     Route(
         "POST",
         "/orders/{order_id}/tracking-link",
-        Rest.create_link,
+        Rest.create_tracking_link,
         "A link to follow it without an account",
+        links.CreateLink,
+        CreatedLink,
+        201,
+        (Forbidden, NotFound, Conflict),
+    ),
+    Route(
+        "POST",
+        "/orders/{order_id}/payment-link",
+        Rest.create_payment_link,
+        "A link to pay it without an account",
         links.CreateLink,
         CreatedLink,
         201,

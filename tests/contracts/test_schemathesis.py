@@ -68,7 +68,8 @@ UNTOLD = {
     "changeStatus": "an Idempotency-Key may be used once",
     "assign": "the same",
     "cancel": "the same",
-    "createLink": "a life of LINK_TTL_MAX_S at most, a setting",
+    "createTrackingLink": "a life of LINK_TTL_MAX_S at most, a setting",
+    "createPaymentLink": "the same",
     "locate": "LOCATION_BATCH_MAX positions at most, a setting",
     "revoke": "an Idempotency-Key may be used once",
 }

@@ -103,6 +103,7 @@ POST /orders/{order_id}/cancel                o  o  n  n  n   f  f  f  f  f   o 
 POST /orders/{order_id}/location              f  f  f  f  f   o  o  n  n  n   f  f  f  f  f  f  f  f   f  f   f  u
 GET /orders/{order_id}/watchers               f  f  f  f  f   o  o  n  n  n   o  n  o  n  o  n  f  f   f  f   f  u
 POST /orders/{order_id}/tracking-link         o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
+POST /orders/{order_id}/payment-link          f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
 DELETE /orders/{order_id}/links/{link_id}     o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
 POST /links/follow                            o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o  o
 POST /tokens/revoke                           f  f  f  f  f   f  f  f  f  f   f  f  o  o  o  o  f  f   f  f   f  u
@@ -156,6 +157,7 @@ def body_of(call: str, to: Target) -> Any:
         "POST /orders/{order_id}/cancel": {"reason": "No"},
         "POST /orders/{order_id}/location": fix(),
         "POST /orders/{order_id}/tracking-link": {},
+        "POST /orders/{order_id}/payment-link": {},
         "POST /links/follow": {"secret": to.secret},
         "POST /tokens/revoke": {"jti": str(uuid.uuid4())},
     }.get(call)

@@ -35,12 +35,13 @@ async def _end_link(desk: Desk, by: Actor, order_id: str) -> Any:
     return await desk.do(links.end_link, by, order_id, link_id)
 
 
-async def create_link(desk: Desk, by: Actor, order_id: str) -> Any:
+async def create_link(desk: Desk, by: Actor, order_id: str, scope: Scope = Scope.TRACK) -> Any:
     return await desk.do(
-        links.create_tracking_link,
+        links.create_link,
         by,
         order_id,
         command(links.CreateLink),
+        scope=scope,
         digest=lambda link_id: link_id.encode(),
         ttl_s=60,
         ttl_max_s=600,
@@ -76,7 +77,8 @@ ON_AN_ORDER = [
         lambda desk, by, key: desk.do(orders.assign, by, key, command(orders.Assign, agentId="a9")),
         "S X V",
     ),
-    Call(links.create_tracking_link, create_link, "C S X V"),
+    Call(links.create_link, create_link, "C S X V"),
+    Call(links.create_link, lambda desk, by, key: create_link(desk, by, key, Scope.PAY), "S X V"),
     Call(links.end_link, _end_link, "C S X V"),
 ]
 

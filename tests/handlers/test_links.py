@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import itertools
 import uuid
 from typing import Any
 
@@ -24,12 +25,13 @@ def digest(link_id: str) -> bytes:
     return hashlib.sha256(link_id.encode()).digest()
 
 
-async def link(desk: Desk, order: Order, by: Actor = CUSTOMER, **asked: Any) -> links.Link:
+async def link(desk: Desk, order: Order, by: Actor = CUSTOMER, scope: Scope = Scope.TRACK, **asked: Any) -> links.Link:
     created: links.Link = await desk.do(
-        links.create_tracking_link,
+        links.create_link,
         by,
         order.id,
         command(links.CreateLink, **asked),
+        scope=scope,
         digest=digest,
         ttl_s=TTL_S,
         ttl_max_s=TTL_MAX_S,
@@ -58,6 +60,16 @@ async def test_a_link_grants_tracking_of_one_order_until_it_ends(desk: Desk) -> 
     assert (await desk.refused(links.follow_link, digest(created.id))).code == "link_expired"
 
 
+async def test_a_payment_link_grants_paying(desk: Desk) -> None:
+    order = await desk.place()
+    created = await link(desk, order, STAFF, scope=Scope.PAY)
+    assert created.scope == "pay"
+    assert (await follow(desk, created.id)).scope is Scope.PAY
+    # its customer may not ask for money, but may end whatever opens the order
+    assert await desk.do(links.end_link, CUSTOMER, order.id, created.id) == created.id
+    assert (await desk.refused(links.follow_link, digest(created.id))).code == "link_expired"
+
+
 async def test_the_table_holds_no_secret(desk: Desk) -> None:
     created = await link(desk, await desk.place())
     ((stored,),) = await desk.fetch("select secret_digest from links")
@@ -81,7 +93,7 @@ async def test_a_life_beyond_the_limit_is_invalid(desk: Desk) -> None:
     order = await desk.place()
     cmd = command(links.CreateLink, ttlS=TTL_MAX_S + 1)
     refusal = await desk.refused(
-        links.create_tracking_link, SERVICE, order.id, cmd, digest=digest, ttl_s=TTL_S, ttl_max_s=TTL_MAX_S
+        links.create_link, SERVICE, order.id, cmd, scope=Scope.PAY, digest=digest, ttl_s=TTL_S, ttl_max_s=TTL_MAX_S
     )
     assert pointer(refusal) == "/ttlS"
     assert (await desk.tables())["links"] == []
@@ -119,12 +131,13 @@ async def test_a_link_is_ended_through_its_own_order_only(desk: Desk) -> None:
 
 async def test_a_guest_gets_no_further_links(desk: Desk) -> None:
     order = await desk.place()
-    for scope in Scope:
+    for scope, asked in itertools.product(Scope, Scope):
         refusal = await desk.refused(
-            links.create_tracking_link,
+            links.create_link,
             guest(order.id, scope),
             order.id,
             links.CreateLink(),
+            scope=asked,
             digest=digest,
             ttl_s=1,
             ttl_max_s=1,

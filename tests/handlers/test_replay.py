@@ -46,10 +46,27 @@ def story(verb: Verb) -> Callable[[Story], Story]:
     return mark
 
 
+OF_MONEY = {
+    "audit",
+    "cash",
+    "jobs",
+    "payments",
+    "reconciliation",
+    "refunds",
+    "reports",
+    "settlement",
+    "webhooks",
+}
+"""Desks whose verbs are many steps, or no change of an order: test_settlement.py and the tests of each desk hold
+them to the same equation."""
+
+
 def verbs() -> set[Verb]:
-    """Every public coroutine function of handlers/ that takes a transaction first."""
+    """Every public coroutine function of the desks of orders, which take a transaction first."""
     found: set[Verb] = set()
     for module in pkgutil.iter_modules(handlers.__path__):
+        if module.name in OF_MONEY:
+            continue
         names = importlib.import_module(f"handlers.{module.name}")
         for name, value in inspect.getmembers(names, inspect.iscoroutinefunction):
             if value.__module__ == names.__name__ and not name.startswith("_"):
@@ -282,17 +299,18 @@ async def read(desk: Desk) -> None:
 
 async def link(desk: Desk, order_id: str) -> Any:
     return await desk.do(
-        links.create_tracking_link,
+        links.create_link,
         CUSTOMER,
         order_id,
         command(links.CreateLink),
+        scope=Scope.TRACK,
         digest=lambda link_id: b"secret of the link",
         ttl_s=60,
         ttl_max_s=600,
     )
 
 
-@story(links.create_tracking_link)
+@story(links.create_link)
 @story(links.end_link)
 async def linked_and_unlinked(desk: Desk) -> None:
     order = await desk.place()

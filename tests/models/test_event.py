@@ -52,6 +52,7 @@ def test_the_types_have_the_contracts_names() -> None:
         "deliveryAgentAssigned",
         "orderOutForDelivery",
         "orderDelivered",
+        "paymentUpdate",
     }
 
 

@@ -353,8 +353,8 @@ async def test_no_answer_keeps_a_secret(house: House) -> None:
     order_id = await house.placed()
 
     async def create(tx: Tx, by: Actor, order_id: str, cmd: links.CreateLink) -> links.Link:
-        return await links.create_tracking_link(
-            tx, by, order_id, cmd, digest=lambda link_id: b"digest of a secret", ttl_s=60, ttl_max_s=60
+        return await links.create_link(
+            tx, by, order_id, cmd, scope=Scope.PAY, digest=lambda link_id: b"digest of a secret", ttl_s=60, ttl_max_s=60
         )
 
     answer = await house.perform(Verb("link", create, status=201), order_id, links.CreateLink(), key="k1")

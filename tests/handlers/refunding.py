@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from handlers import refunds
@@ -15,24 +16,18 @@ from handlers.context import Tx
 from handlers.jobs import NotYet
 from handlers.ports import Done, Gateway, GatewayRefused, NewRefund
 from handlers.refunds import CreateRefund, RetryRefund
-from handlers.settlement import House, PaymentRow, Terms, open_order, settle
+from handlers.settlement import settle
 from models.errors import Refused
 from models.order import Order
-from models.payment import News, PaymentStatus, Provider, RefundNews, RefundReport, Report, Source
+from models.payment import News, Provider, RefundNews, RefundReport, Report, Source
 from models.refund import Refund
 from models.user import Actor
+from server.doors import decode
 from tests.handlers.desk import ADMIN, Desk, command
+from tests.handlers.money import Till, begin, check_books, news
 
 PAUSE_S = 30
 STAFF_MAX = 10_000
-
-
-class Reservations:
-    async def retake(self, tx: Tx, order_id: str) -> bool:
-        return True
-
-
-HOUSE = House(Terms(payment_window_s=600, hold_max_s=2700, revive_window_s=86_400, mismatch_hold_s=3600), Reservations())
 
 
 class FakeGateway:
@@ -134,6 +129,7 @@ class Counter:
 
     def __init__(self, desk: Desk) -> None:
         self.shop = desk
+        self.till = Till(desk)
         self.gateway = FakeGateway()
         self.desk = refunds.Desk(
             self.transactions,
@@ -150,67 +146,54 @@ class Counter:
     # paying
 
     async def order(self, **changes: Any) -> Order:
-        return await self.shop.place(**{"paymentMethod": "online", **changes})
+        return await self.till.order(**changes)
 
-    async def pay(
-        self, order: Order, amount: int | None = None, *, provider: Provider = Provider.RAZORPAY, key: str | None = None
-    ) -> str:
-        """A completed payment of the order; its id. `key`: the gateway's id of the money."""
-        amount = amount if amount is not None else order.totals.total
-        key = key or f"pay_{uuid.uuid4().hex[:14]}"
-        async with self.transactions() as tx:
-            book = await open_order(tx, order.id)
-            now, payment_id = tx.now(), tx.new_id()
-            gateway_order_id = f"order_{uuid.uuid4().hex[:14]}" if provider is Provider.RAZORPAY else None
-            row = PaymentRow(
-                id=uuid.UUID(payment_id),
-                order_id=uuid.UUID(order.id),
+    async def pay(self, order: Order, amount: int | None = None, provider: Provider = Provider.RAZORPAY) -> str:
+        """A completed payment of the order; its id."""
+        if provider is Provider.CASH:
+            payment_id: str = await self.shop.do(begin, order.id, provider, amount, None)
+            cash = News(
                 provider=provider,
-                status=PaymentStatus.PENDING,
-                amount=amount,
-                expected=amount,
+                gateway_order_id=None,
+                gateway_payment_id=payment_id,
+                report=Report.CAPTURED,
+                amount=amount or order.totals.total,
                 currency=order.currency,
-                reference=payment_id,
-                customer_id=order.customer_id,
-                gateway_order_id=gateway_order_id,
-                created_at=now,
-                updated_at=now,
-                status_at=now,
             )
-            book.start(row, HOUSE.terms)
-            await book.close(Source.CLIENT, "started", {})
-        await self.capture(payment_id, key, amount)
-        return payment_id
+            await self.shop.do(settle, cash, Source.STAFF, self.till.house, payment_id=payment_id)
+            return payment_id
+        name = await self.till.begin(order, provider, amount)
+        await self.capture(name, amount or order.totals.total)
+        return str((await self.till.payment(name))["id"])
 
-    async def capture(self, payment_id: str, key: str, amount: int, currency: str = "INR") -> None:
-        """News that money came."""
-        self.gateway.captured[key] = amount
-        await self.hear(payment_id, key, report=Report.CAPTURED, amount=amount, currency=currency)
+    async def capture(self, name: str, amount: int, **members: Any) -> None:
+        """News that money came for the gateway order `name`."""
+        said = news(name, Report.CAPTURED, amount=amount, **members)
+        assert said.gateway_payment_id is not None
+        self.gateway.captured[said.gateway_payment_id] = amount
+        await self.till.tell(name, Report.CAPTURED, amount=amount, **members)
 
-    async def hear(self, payment_id: str, key: str | None = None, **said: Any) -> None:
-        """News of a payment, as a webhook brings it."""
-        async with self.transactions() as tx:
-            row = await tx.one("select provider, gateway_order_id from payments where id = $1", uuid.UUID(payment_id))
-            assert row is not None
-            news = News(
-                provider=Provider(row["provider"]),
-                gateway_order_id=row["gateway_order_id"],
-                gateway_payment_id=key,
-                **said,
-            )
-            await settle(tx, news, Source.WEBHOOK, HOUSE, payment_id=payment_id)
+    async def hear(self, payment_id: str, *said: RefundNews, **members: Any) -> None:
+        """News of a completed payment, as a webhook brings it."""
+        (row,) = await self.shop.fetch("select * from payments where id = $1", uuid.UUID(payment_id))
+        await self.till.tell(row["gateway_order_id"], None, refunds=said, **members)
 
     # refunding
 
     async def refund(
-        self, payment_id: str, by: Actor = ADMIN, once: refunds.Once | None = None, **members: Any
+        self, payment_id: str, by: Actor = ADMIN, once: Once | None = None, **members: Any
     ) -> tuple[int, Refund]:
         cmd = command(CreateRefund, **{"reason": "Cold", **members})
         done = await refunds.refund_payment(self.desk, once or Once(), by, payment_id, cmd)
         return done.status, done.result
 
+    async def send(self, payment_id: str, body: object) -> None:
+        """Ask for a refund as the REST door does."""
+        cmd = decode(msgspec.json.encode(body), CreateRefund)
+        await refunds.refund_payment(self.desk, Once(), ADMIN, payment_id, cmd)
+
     async def refund_order(
-        self, order_id: str, by: Actor = ADMIN, once: refunds.Once | None = None, **members: Any
+        self, order_id: str, by: Actor = ADMIN, once: Once | None = None, **members: Any
     ) -> tuple[int, list[Refund]]:
         cmd = command(CreateRefund, **{"reason": "Cold", **members})
         done = await refunds.refund_order(self.desk, once or Once(), by, order_id, cmd)
@@ -236,11 +219,6 @@ class Counter:
             return asked.after_s
         return None
 
-    async def jobs(self) -> list[tuple[str, str]]:
-        """What jobs wait: (name, subject)."""
-        rows = await self.shop.fetch("select entrypoint, payload from jobs.pgqueuer where status = 'queued' order by id")
-        return [(row["entrypoint"], row["payload"].decode()) for row in rows]
-
     # looking
 
     async def show(self, refund_id: str, by: Actor = ADMIN) -> Refund:
@@ -253,30 +231,8 @@ class Counter:
         )
         return dict(row)
 
-    async def accounts(self) -> dict[str, int]:
-        """The trial balance, without accounts that hold nothing."""
-        rows = await self.shop.fetch("select account, sum(amount)::bigint as sum from ledger_rows group by account")
-        return {row["account"]: row["sum"] for row in rows if row["sum"]}
-
     async def check_books(self) -> None:
-        """Whatever has happened: every entry balances, what is owed to payers is what refunds are open, sums are the
-        sums of their rows, and the gateway gave back no more than came."""
-        assert not await self.shop.fetch("select entry from ledger_rows group by entry, currency having sum(amount) <> 0")
-        (owed,) = await self.shop.fetch("select coalesce(sum(amount), 0)::bigint from refunds where status <> 'succeeded'")
-        assert (await self.accounts()).get("refunds_due", 0) == -owed[0]
-        wrong = await self.shop.fetch("""
-            select p.id from payments p
-            where (p.refunded, p.reserved) is distinct from
-                (select coalesce(sum(amount) filter (where status = 'succeeded'), 0),
-                    coalesce(sum(amount) filter (where status <> 'succeeded'), 0)
-                 from refunds where payment_id = p.id and currency = p.currency)
-            or p.refunded + p.reserved > p.captured""")
-        assert not wrong
-        wrong = await self.shop.fetch("""
-            select o.id from orders o where o.refunded <>
-                (select coalesce(sum(applied), 0) from refunds where order_id = o.id and status = 'succeeded')""")
-        assert not wrong
+        """Whatever has happened: the books are right, and the gateway gave back no more than came."""
+        await check_books(self.shop)
         for key, captured in self.gateway.captured.items():
             assert self.gateway.back(key) <= captured
-
-

@@ -313,8 +313,10 @@ select x, $1, $2, $3, $4 from unnest($5::text[]) as x"""
 WRITE_INPUT = """
 insert into payment_inputs (payment_id, at, source, actor, kind, before, after, detail)
 values ($1, $2, $3, $4, $5, $6, $7, $8)"""
+# What a worker tries just now is skipped: it may wait for the order that is locked here. It comes round by itself.
 WAKE_PARKED = """
-update webhooks set status = 'received', next_at = $2 where status = 'parked' and refs && array[$1]"""
+update webhooks set next_at = $2 where id = any (array(
+    select id from webhooks where status = 'parked' and refs && array[$1] for update skip locked))"""
 
 
 class RefundRow(msgspec.Struct):
@@ -373,6 +375,18 @@ class Book:
         self._hold_until(self.tx.now() + dt.timedelta(seconds=terms.payment_window_s))
         self._lifecycle.append("payment.created")
         self.tell_payment()
+
+    def resume(self, terms: Terms) -> bool:
+        """Somebody asks for the open payment again instead of another one: whether that changes anything. When less
+        than half of its window is left, the order is held for another one."""
+        payment, order, now = self.payment, self.order, self.tx.now()
+        resumed, payment.superseded = payment.superseded, False
+        half = now + dt.timedelta(seconds=terms.payment_window_s / 2)
+        if order.status is Status.PENDING and order.expires_at is not None and order.expires_at < half:
+            self._hold_until(now + dt.timedelta(seconds=terms.payment_window_s))
+            self.tell_payment()
+            return True
+        return resumed
 
     def _hold_until(self, at: dt.datetime) -> None:
         if self.order.status is Status.PENDING and self.order.expires_at is not None:

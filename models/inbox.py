@@ -62,6 +62,15 @@ webhooks = Table(
     Column("reason", Text),
     UniqueConstraint("provider", "event_id", name="uq_webhooks_event"),
     Index("ix_webhooks_due", "next_at", postgresql_where=text("status in ('received', 'parked')")),
-    Index("ix_webhooks_status", "status", text("received_at desc"), text("id desc")),
+    # A signed body can be sent again under another event id, which Razorpay does not sign: it is the same webhook.
+    Index("uq_webhooks_body", "provider", text("sha256(body)"), unique=True),
+    Index("ix_webhooks_newest", text("received_at desc"), text("id desc")),
+    Index(
+        "ix_webhooks_status",
+        "status",
+        text("received_at desc"),
+        text("id desc"),
+        postgresql_where=text("status <> 'applied'"),
+    ),
     Index("ix_webhooks_parked", "refs", postgresql_using="gin", postgresql_where=text("status = 'parked'")),
 )

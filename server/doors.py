@@ -128,13 +128,6 @@ class Doors:
         self._outbox.publish(tx.told)
         return Answer(verb.status, msgspec.json.encode(result) if result is not None else b"")
 
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Tx]:
-        """A transaction of several statements; what it told goes to the bus after its commit."""
-        async with self.database.transaction() as tx:
-            yield tx
-        self._outbox.publish(tx.told)
-
     async def perform_in_steps(self, verb: Steps, actor: Actor, *args: object, key: str | None = None) -> Answer:
         """Carry out `verb(once, actor, *args)`, which opens its own transactions.
 

@@ -69,6 +69,20 @@ job_seconds = Histogram(
 jobs_waiting = Gauge("waybill_jobs_waiting", "Background jobs that are due and not begun.")
 oldest_job = Gauge("waybill_oldest_job_seconds", "How long the oldest of them is overdue; 0 when there is none.")
 jobs_held = Gauge("waybill_jobs_held", "Background jobs that nobody runs until staff decides: dead or parked.", ["why"])
+webhooks_received = Counter(
+    "waybill_webhooks_received_total",
+    "Webhooks at the door: stored, repeated, unsigned (its signature is wrong), not_stored.",
+    ["provider", "outcome"],
+)
+webhooks_tried = Counter(
+    "waybill_webhooks_tried_total",
+    "Tries to apply a webhook: applied, parked, failed, dead, away (Postgres did not answer), taken by somebody else.",
+    ["provider", "outcome"],
+)
+webhooks_left = Gauge("waybill_webhooks_left", "Webhooks that are not applied: parked, or dead.", ["why"])
+oldest_webhook = Gauge(
+    "waybill_oldest_webhook_seconds", "How long the webhook that waits longest is due; 0 when none is."
+)
 bus_up = Gauge("waybill_bus_up", "1 while Redis answers.")
 bus_losses = Counter("waybill_bus_losses_total", "How often Redis was lost.")
 bus_passed_over = Counter(
@@ -78,6 +92,18 @@ database_up = Gauge("waybill_database_up", "1 while Postgres answers.")
 db_connections = Gauge("waybill_db_connections", "Connections of this process to Postgres.", ["state"])
 db_pool_size = Gauge("waybill_db_pool_size", "The most connections to Postgres that this process opens.")
 ready = Gauge("waybill_ready", "1 while /health/ready answers 200.")
+gateway_open = Gauge(
+    "waybill_gateway_breaker_open", "1 while a payment gateway is not offered because it did not answer.", ["provider"]
+)
+gateway_calls = Counter(
+    "waybill_gateway_calls_total", "Questions to payment gateways.", ["provider", "operation", "outcome"]
+)
+gateway_call_seconds = Histogram(
+    "waybill_gateway_call_seconds",
+    "Time from a question to its answer, or to giving up.",
+    ["provider", "operation"],
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
 loop_lag_seconds = Histogram(
     "waybill_loop_lag_seconds",
     "How much later than asked the event loop comes round; while it lags, everything waits.",

@@ -26,7 +26,10 @@ DEFAULT_JWT_SECRET = "waybill-development-secret-never-use-in-production"
 SECRET_BYTES_MIN = 32
 """RFC 7518 section 3.2: an HS256 key is at least as long as its hash."""
 
-SECRETS = frozenset({"jwt_secret", "database_url", "redis_url", "metrics_token"})
+SECRETS = frozenset(
+    {"jwt_secret", "database_url", "redis_url", "metrics_token", "razorpay_key_secret", "razorpay_webhook_secret"}
+    | {"stripe_secret_key", "stripe_webhook_secret"}
+)
 """Settings whose value is never printed or logged."""
 
 Bytes = Annotated[int, Meta(ge=256, le=64 * 1024 * 1024)]
@@ -88,7 +91,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     link_ttl_max_s: Annotated[Seconds, Meta(description="longest life that a request may ask for")] = 90 * 24 * 3600
     guest_token_ttl_s: Annotated[Seconds, Meta(description="life of the token that a link is exchanged for")] = 3600
 
-    db_pool_size: Annotated[Count, Meta(description="connections to Postgres per process")] = 10
+    db_pool_size: Annotated[
+        Count, Meta(description="connections to Postgres per process; one that works has one more, to hear of jobs")
+    ] = 10
     db_timeout_ms: Annotated[
         Milliseconds, Meta(description="time limit of one statement, and of waiting for a connection")
     ] = 2000
@@ -133,6 +138,52 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 2
     job_retry_max_s: Annotated[Seconds, Meta(description="longest pause after a job's failure")] = 600
     job_log_keep_s: Annotated[Seconds, Meta(description="how long the job library's log is kept")] = 7 * 24 * 3600
+    razorpay_key_id: Annotated[
+        str, Meta(description="rzp_test_… or rzp_live_…; with none of Razorpay's keys, development runs its simulator")
+    ] = ""
+    razorpay_key_secret: Annotated[str, Meta(description="what belongs to it")] = ""
+    razorpay_webhook_secret: Annotated[
+        str,
+        Meta(
+            description="what Razorpay signs webhooks with; while it is changed several, comma-separated, newest first"
+        ),
+    ] = ""
+    razorpay_api_url: Annotated[str, Meta(description="empty: https://api.razorpay.com")] = ""
+    stripe_secret_key: Annotated[
+        str, Meta(description="sk_test_… or sk_live_…; with none of Stripe's keys, development runs its simulator")
+    ] = ""
+    stripe_publishable_key: Annotated[str, Meta(description="pk_…, what browsers get to know")] = ""
+    stripe_webhook_secret: Annotated[
+        str,
+        Meta(description="what Stripe signs webhooks with; several while it is rolled, comma-separated, newest first"),
+    ] = ""
+    stripe_api_url: Annotated[str, Meta(description="empty: https://api.stripe.com")] = ""
+    stripe_signature_max_age_s: Annotated[
+        Seconds, Meta(description="a webhook of Stripe that was signed longer ago is refused")
+    ] = 300
+    gateway_timeout_ms: Annotated[
+        Milliseconds, Meta(description="time limit of one question to a payment gateway, all its requests together")
+    ] = 10_000
+    gateway_threads_max: Annotated[Count, Meta(description="most questions to Razorpay at once, per process")] = 8
+    breaker_failures_max: Annotated[
+        Count, Meta(description="unanswered questions in a row after which a gateway is not offered any more")
+    ] = 5
+    breaker_open_s: Annotated[
+        Seconds, Meta(description="how long it is left alone; then one question goes through")
+    ] = 5
+    webhook_max_bytes: Annotated[Bytes, Meta(description="largest webhook of a gateway")] = 256 * 1024
+    inbox_poll_ms: Annotated[
+        Milliseconds, Meta(description="how often a worker looks for webhooks that another process stored")
+    ] = 200
+    inbox_concurrency_max: Annotated[Count, Meta(description="most webhooks that a worker applies at once")] = 4
+    webhook_retry_base_s: Annotated[
+        Seconds, Meta(description="pause before a failed webhook is tried again; it doubles with each try")
+    ] = 1
+    webhook_retry_max_s: Annotated[Seconds, Meta(description="longest such pause")] = 600
+    webhook_attempts_max: Annotated[Count, Meta(description="failed tries after which a webhook is dead")] = 12
+    webhook_park_s: Annotated[
+        Seconds, Meta(description="time after which a webhook about something that we never got to know is dead")
+    ] = 72 * 3600
 
     cors_origins: Annotated[
         str, Meta(description="origins whose pages may call this server, comma-separated, or *; empty: its own only")
@@ -370,6 +421,11 @@ def origins(text: str) -> frozenset[str]:
     return frozenset(one.lower() for one in found)
 
 
+def secrets_of(text: str) -> tuple[str, ...]:
+    """The secrets of a `*_WEBHOOK_SECRET`, in its order: newest first."""
+    return tuple(filter(None, map(str.strip, text.split(","))))
+
+
 def load(environ: Mapping[str, str], dotenv: Path | None = None) -> Settings:
     """Read the settings from `environ`, and in development from a `.env` file for names that `environ` lacks.
 
@@ -496,6 +552,36 @@ def _check_relations(s: Settings) -> None:
             "PRESENCE_ALIVE_S must be three times PRESENCE_FLUSH_MS or more, or the counts of a living instance vanish",
         ),
         (s.payment_window_s <= s.hold_max_s, "PAYMENT_WINDOW_S must not be more than HOLD_MAX_S"),
+        (
+            s.gateway_timeout_ms + 2 * s.db_timeout_ms < s.request_timeout_ms,
+            "GATEWAY_TIMEOUT_MS + twice DB_TIMEOUT_MS must be less than REQUEST_TIMEOUT_MS: a payment is written, "
+            "asked for, and written again",
+        ),
+        (
+            len({bool(v) for v in (s.razorpay_key_id, s.razorpay_key_secret, s.razorpay_webhook_secret)}) == 1,
+            "RAZORPAY_KEY_ID, RAZORPAY_KEY_SECRET and RAZORPAY_WEBHOOK_SECRET belong together: set all of them or none",
+        ),
+        (
+            not s.razorpay_webhook_secret or bool(secrets_of(s.razorpay_webhook_secret)),
+            "RAZORPAY_WEBHOOK_SECRET must hold a secret: without one nobody can tell who sends webhooks",
+        ),
+        (
+            urlsplit(s.razorpay_api_url).scheme in ("", "http", "https"),
+            "RAZORPAY_API_URL must start with http:// or https://",
+        ),
+        (
+            len({bool(v) for v in (s.stripe_secret_key, s.stripe_publishable_key, s.stripe_webhook_secret)}) == 1,
+            "STRIPE_SECRET_KEY, STRIPE_PUBLISHABLE_KEY and STRIPE_WEBHOOK_SECRET belong together: set all of "
+            "them or none",
+        ),
+        (
+            not s.stripe_webhook_secret or bool(secrets_of(s.stripe_webhook_secret)),
+            "STRIPE_WEBHOOK_SECRET must hold a secret: without one nobody can tell who sends webhooks",
+        ),
+        (
+            urlsplit(s.stripe_api_url).scheme in ("", "http", "https"),
+            "STRIPE_API_URL must start with http:// or https://",
+        ),
         (s.slow_bytes < s.queue_max_bytes, "SLOW_BYTES must be less than QUEUE_MAX_BYTES"),
         (
             s.token_max_bytes + s.recovery_offset_max_bytes < s.frame_max_bytes,
@@ -510,6 +596,10 @@ def _check_relations(s: Settings) -> None:
         (
             4 * s.db_timeout_ms <= s.job_takeover_s * 1000,
             "JOB_TAKEOVER_S must be four times DB_TIMEOUT_MS or more, or a living worker's jobs are taken over",
+        ),
+        (
+            s.webhook_retry_base_s <= s.webhook_retry_max_s,
+            "WEBHOOK_RETRY_BASE_S must not be more than WEBHOOK_RETRY_MAX_S",
         ),
         (s.link_ttl_s <= s.link_ttl_max_s, "LINK_TTL_S must not be more than LINK_TTL_MAX_S"),
         (

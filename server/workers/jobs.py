@@ -158,13 +158,14 @@ FORGET = "delete from jobs.pgqueuer_log where created < now() - $1::double preci
 
 
 class Abandoned(Exception):
-    """The process ends: nothing more is written about its jobs, and others take them over."""
+    """The worker stops, and Postgres is not asked any more."""
 
 
 class _Driver:
     """pgqueuer's way to Postgres: our pool, statement by statement. While Postgres is away it waits."""
 
     def __init__(self, database: Database) -> None:
+        self.closing = False
         self.abandoned = False
         self.shutdown = asyncio.Event()
         self.tm = TaskManager()
@@ -173,18 +174,26 @@ class _Driver:
         self._waking: asyncio.TimerHandle | None = None
 
     async def fetch(self, query: str, *args: object) -> list[dict[str, object]]:
-        while True:
-            if self.abandoned:
-                raise Abandoned
+        """For what a worker asks: it asks no more when it stops."""
+        return await self._perform(query, args, lambda: self.closing)
+
+    async def execute(self, query: str, *args: object) -> str:
+        """For what a worker writes down: that is tried to the end."""
+        await self._perform(query, args, lambda: False)
+        return ""
+
+    async def _perform(
+        self, query: str, args: tuple[object, ...], stops: Callable[[], bool]
+    ) -> list[dict[str, object]]:
+        while not self.abandoned:
             try:
                 async with self._database.statement() as tx:
                     return [dict(cast(Any, row)) for row in await tx.all(query, *args)]
             except Unavailable:
+                if stops():
+                    break
                 await asyncio.sleep(AWAY_PAUSE_S)
-
-    async def execute(self, query: str, *args: object) -> str:
-        await self.fetch(query, *args)
-        return ""
+        raise Abandoned
 
     async def add_listener(self, channel: str, callback: NotifyCallback) -> None:
         self._callbacks.append(callback)
@@ -329,6 +338,7 @@ class Jobs:
     def close(self) -> None:
         """Take no more jobs; those that run go on."""
         self._closing.set()
+        self._driver.closing = True
         if self._manager is not None:
             self._manager.shutdown.set()
 
@@ -378,6 +388,8 @@ class Jobs:
             starts = cast(int, (await self._driver.fetch(START, row.id))[0]["starts"])
         except asyncpg.ForeignKeyViolationError:
             return None  # another worker took it over and has done it
+        except Abandoned:
+            return Verdict("asked_again")  # we stop, and have not begun
         if starts > 1:
             log.warning("job_taken_over", takeovers=starts - 1)
             metrics.jobs.labels(job.name, "taken_over").inc()

@@ -400,6 +400,18 @@ async def test_a_postgres_that_restarts_loses_no_job(private: PrivatePostgres) -
     assert work.ran == ["a", "b"]
 
 
+async def test_an_idle_worker_stops_at_once_although_postgres_is_gone(private: PrivatePostgres) -> None:
+    await migrate(private.url)
+    async with opened(private.url) as database:
+        worker = Jobs(database, settings(), [Job("work", Work())])
+        running = asyncio.create_task(worker.run())
+        await private.kill()
+        await until(lambda: database.gone_since, "the loss is noticed")
+        worker.close()
+        async with asyncio.timeout(SOON_S):
+            await running
+
+
 async def answers(database: Database) -> bool:
     with contextlib.suppress(Exception):
         await rows(database)

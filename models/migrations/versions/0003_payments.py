@@ -112,7 +112,15 @@ def upgrade() -> None:
         "webhooks",
         ["status", sa.literal_column("received_at desc"), sa.literal_column("id desc")],
         unique=False,
+        postgresql_where=sa.text("status <> 'applied'"),
     )
+    op.create_index(
+        "ix_webhooks_newest",
+        "webhooks",
+        [sa.literal_column("received_at desc"), sa.literal_column("id desc")],
+        unique=False,
+    )
+    op.create_index("uq_webhooks_body", "webhooks", ["provider", sa.literal_column("sha256(body)")], unique=True)
     op.create_table(
         "payments",
         sa.Column("id", sa.Uuid(), nullable=False),

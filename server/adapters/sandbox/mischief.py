@@ -1,12 +1,13 @@
 """How a simulator misbehaves on command, as gateways do: from Python in tests, over HTTP in a running demo.
 
-    curl -X POST URL/sandbox/mischief -d '{"fault": "drop", "faultCalls": 2, "webhookCopies": 3}'
+curl -X POST URL/sandbox/mischief -d '{"fault": "drop", "faultCalls": 2, "webhookCopies": 3}'
 """
 
 from __future__ import annotations
 
 import asyncio
 from enum import StrEnum
+from typing import Literal
 
 import msgspec
 from aiohttp import web
@@ -30,6 +31,10 @@ class Fault(StrEnum):
     """The connection is cut before the work is done."""
     DROP_AFTER = "drop_after"
     """The work is done, then the connection is cut."""
+    ERROR = "error"
+    """500 with a body of the gateway's kind; nothing is done. Stripe keeps it under the idempotency key."""
+    ERROR_AFTER = "error_after"
+    """The same, but the work is done."""
 
 
 class Mischief(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fields=True):
@@ -38,6 +43,8 @@ class Mischief(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fiel
     fault: Fault | None = None
     fault_calls: int = 1
     """How many of the next calls meet the fault; it counts down and then `fault` is None."""
+    fault_method: str = ""
+    """Only calls of this HTTP method meet it; empty: all."""
     webhook_delay_s: float = 0
     """Webhooks are sent this much later."""
     webhook_shuffle_s: float = 0
@@ -48,16 +55,16 @@ class Mischief(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fiel
     """How many of the next events are never delivered; it counts down."""
     list_lag_s: float = 0
     """Age at which a payment appears in lists of all payments."""
-    refunds: str = "processed"
+    refunds: Literal["processed", "pending", "failed"] = "processed"
     """What becomes of a refund at once: `processed`, `pending` or `failed`."""
     refund_takes_s: float = 0
     """How long a refund is carried out, during which its key is in use."""
     duplicates_refunded: bool = True
     """Whether the gateway gives back a second payment of an order by itself."""
 
-    def take_fault(self) -> Fault | None:
+    def take_fault(self, method: str) -> Fault | None:
         """The fault of this call, if one is left."""
-        if self.fault is None or self.fault_calls < 1:
+        if self.fault is None or self.fault_calls < 1 or self.fault_method not in ("", method):
             return None
         fault, self.fault_calls = self.fault, self.fault_calls - 1
         if not self.fault_calls:
@@ -78,11 +85,14 @@ async def meet_fault(
     """Carry out a call of the API as the fault wants it. `throttled`: the gateway's body of a 429."""
     if fault is Fault.THROTTLE:
         return web.Response(status=429, body=throttled, content_type="application/json")
-    work = fault in (None, Fault.HTML_AFTER, Fault.HANG_AFTER, Fault.DROP_AFTER)
+    work = fault in (None, Fault.HTML_AFTER, Fault.HANG_AFTER, Fault.DROP_AFTER, Fault.ERROR_AFTER)
     answer: web.StreamResponse = await handler(request) if work else web.Response(status=500)
     if fault in (Fault.HTML, Fault.HTML_AFTER):
         page = "<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>"
         return web.Response(status=502, text=page, content_type="text/html")
+    if fault in (Fault.ERROR, Fault.ERROR_AFTER):
+        error = {"code": "SERVER_ERROR", "type": "api_error", "description": "We are facing some trouble."}
+        return web.json_response({"error": error}, status=500)
     if fault in (Fault.HANG, Fault.HANG_AFTER):
         await stopping.wait()
     if fault in (Fault.HANG, Fault.HANG_AFTER, Fault.DROP, Fault.DROP_AFTER) and request.transport is not None:

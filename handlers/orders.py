@@ -19,7 +19,7 @@ from sqlalchemy import Text, literal_column, select, tuple_
 from handlers.context import Row, Tx
 from handlers.cursors import decode_cursor, encode_cursor, instant
 from handlers.ports import Closing
-from handlers.settlement import return_money
+from handlers.settlement import return_money, stop_payments
 from models.address import Address, Billing, Contact
 from models.base import Id, Later, LongText, Reason, Reference, ShortText, Strict, View, rfc3339
 from models.errors import Conflict, Invalid, NotFound
@@ -440,8 +440,11 @@ async def change_status(tx: Tx, actor: Actor, order_id: str, cmd: ChangeStatus) 
     return await _move(tx, actor, order_id, cmd.status, note, override is not None)
 
 
-async def cancel(tx: Tx, actor: Actor, order_id: str, cmd: Cancel) -> Order | TrackedOrder:
-    """Cancel the order: its customer until it is confirmed, the back office until it is ready.
+async def cancel(
+    tx: Tx, actor: Actor, order_id: str, cmd: Cancel, *, returns_money: bool = True
+) -> Order | TrackedOrder:
+    """Cancel the order: its customer until it is confirmed, the back office until it is ready. What was paid goes back,
+    unless the caller has decided how much does.
 
     Raises:
         NotFound, Forbidden, IllegalMove.
@@ -449,10 +452,18 @@ async def cancel(tx: Tx, actor: Actor, order_id: str, cmd: Cancel) -> Order | Tr
     require_role(actor, BACK_OFFICE | {Role.CUSTOMER, Role.GUEST}, "cancel an order")
     if actor.tracks_only:
         require_role(actor, (), "cancel an order with a tracking link")
-    return await _move(tx, actor, order_id, Status.CANCELLED, cmd.reason, False)
+    return await _move(tx, actor, order_id, Status.CANCELLED, cmd.reason, False, returns_money)
 
 
-async def _move(tx: Tx, actor: Actor, order_id: str, target: Status, note: str | None, override: bool) -> Order:
+async def _move(
+    tx: Tx,
+    actor: Actor,
+    order_id: str,
+    target: Status,
+    note: str | None,
+    override: bool,
+    returns_money: bool = True,
+) -> Order:
     if target is Status.CANCELLED:
         tx.atomically()  # with what it does to the order's money
     seen, now = sight(actor, order_id), tx.now()
@@ -476,7 +487,9 @@ async def _move(tx: Tx, actor: Actor, order_id: str, target: Status, note: str |
         order_id,
         [event(order_id, first + n, type_, now, "{}" if n else body) for n, type_ in enumerate(types)],
     )
-    if target is Status.CANCELLED:
+    if target is Status.CANCELLED and not returns_money:
+        await stop_payments(tx, order_id)
+    elif target is Status.CANCELLED:
         await return_money(tx, order_id, note or "cancelled", actor=actor)
     return order
 

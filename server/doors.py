@@ -111,13 +111,6 @@ class Doors:
         self._outbox = outbox
         self._positions = positions
 
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Tx]:
-        """A transaction of several statements whose events are handed to the bus after its commit."""
-        async with self.database.transaction() as tx:
-            yield tx
-        self._outbox.publish(tx.told)
-
     async def perform(self, verb: Verb, actor: Actor, *args: object, key: str | None = None) -> Answer:
         """Carry out `verb(tx, actor, *args)` and hand its events to the bus after its commit.
 

@@ -20,13 +20,15 @@ from sqlalchemy import Text, literal_column, select, tuple_
 
 from handlers.context import Row, Tx
 from handlers.ports import Closing
+from handlers.settlement import return_money
 from models.address import Address, Billing, Contact
 from models.base import Id, Later, LongText, Reason, Reference, ShortText, Strict, View, rfc3339
-from models.errors import Conflict, Invalid, NotFound
+from models.errors import Conflict, Invalid, NotFound, PaymentInProgress
 from models.event import Event, Type, event
 from models.money import EXPONENTS
 from models.order import (
     FINAL,
+    PAYMENT_EXPIRY_S,
     Agent,
     AskedItem,
     Fulfilment,
@@ -45,6 +47,7 @@ from models.order import (
     require_role,
     sight,
     sources,
+    waits_for_payment,
 )
 from models.user import BACK_OFFICE, STAFF, Actor, Role
 
@@ -164,8 +167,8 @@ async def quote(tx: Tx, actor: Actor, cmd: Place) -> Quote:
 PLACE = """
 with placed as (
     insert into orders (id, reference, customer_id, fulfilment, status, seq, currency, payment_method, items_total, tax,
-        total, delivery_address, contact, billing, dining_table, notes, created_at, updated_at)
-    values ($1, $2, $3, $4, $5, cardinality($6::text[]), $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $17)
+        total, delivery_address, contact, billing, dining_table, notes, created_at, updated_at, expires_at)
+    values ($1, $2, $3, $4, $5, cardinality($6::text[]), $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $17, $19)
     on conflict (reference) do nothing
     returning id, number
 ), lined as (
@@ -181,8 +184,9 @@ with placed as (
 select number from placed"""
 
 
-async def place(tx: Tx, actor: Actor, cmd: Place) -> Order:
-    """Place an order. An `online` order without a price is confirmed at once: there is no money to wait for.
+async def place(tx: Tx, actor: Actor, cmd: Place, *, expiry_s: int = PAYMENT_EXPIRY_S) -> Order:
+    """Place an order. An `online` order without a price is confirmed at once: there is no money to wait for. Any other
+    `online` order is cancelled after `expiry_s` seconds unless it is being paid.
 
     Raises:
         Forbidden, Invalid; Conflict: another order has this reference.
@@ -190,13 +194,16 @@ async def place(tx: Tx, actor: Actor, cmd: Place) -> Order:
     require_role(actor, BACK_OFFICE | {Role.CUSTOMER}, "place orders")
     lines, totals = price(_refuse_what_needs_stock(actor, cmd))
     currency = check_currency(cmd.currency)
-    method = PaymentMethod.LATER if isinstance(cmd.payment_method, UnsetType) else cmd.payment_method
+    usual = PaymentMethod.LATER if actor.role in BACK_OFFICE else PaymentMethod.ONLINE
+    method = usual if isinstance(cmd.payment_method, UnsetType) else cmd.payment_method
     bodies = [_status_body(Status.PENDING, None, None, actor)]
     status = Status.PENDING
     if method is PaymentMethod.ONLINE and totals.total == 0:
         status = Status.CONFIRMED
         bodies.append(_status_body(status, Status.PENDING, None, actor))
     order_id, now = tx.new_id(), tx.now()
+    waits = waits_for_payment(status, method, totals.total)
+    expires_at = now + dt.timedelta(seconds=expiry_s) if waits else None
     reference, customer_id, table, notes = (
         _or_none(cmd.reference),
         _or_none(cmd.customer_id),
@@ -223,6 +230,7 @@ async def place(tx: Tx, actor: Actor, cmd: Place) -> Order:
         notes,
         now,
         msgspec.json.encode(lines).decode(),
+        expires_at,
     )
     if row is None:
         raise Conflict(f"Another order has the reference {reference!r}.")
@@ -247,7 +255,8 @@ async def place(tx: Tx, actor: Actor, cmd: Place) -> Order:
         notes=notes,
         created_at=rfc3339(now),
         updated_at=rfc3339(now),
-    )
+        expires_at=rfc3339(expires_at) if expires_at is not None else None,
+    ).waiting()
 
 
 # read
@@ -464,6 +473,8 @@ async def cancel(tx: Tx, actor: Actor, order_id: str, cmd: Cancel) -> Order | Tr
 
 
 async def _move(tx: Tx, actor: Actor, order_id: str, target: Status, note: str | None, override: bool) -> Order:
+    if target is Status.CANCELLED:
+        tx.atomically()  # with what it does to the order's money
     seen, now = sight(actor, order_id), tx.now()
     types = TOLD_TWICE.get(target, [Type.STATUS])
     rest = _status_body(target, None, note, actor).removeprefix(f'{{"status":"{target}"')
@@ -485,6 +496,8 @@ async def _move(tx: Tx, actor: Actor, order_id: str, target: Status, note: str |
         order_id,
         [event(order_id, first + n, type_, now, "{}" if n else body) for n, type_ in enumerate(types)],
     )
+    if target is Status.CANCELLED:
+        await return_money(tx, order_id, note or "cancelled", actor=actor)
     return order
 
 
@@ -564,6 +577,83 @@ async def assign(tx: Tx, actor: Actor, order_id: str, cmd: Assign) -> Order:
         return row
     order = from_row(row)
     tx.tell(order_id, [event(order_id, order.seq, Type.ASSIGNED, now, body)])
+    return order
+
+
+# payment method
+
+
+class ChangePaymentMethod(Strict):
+    SCHEMA: ClassVar[dict[str, Any]] = {"examples": [{"paymentMethod": "cash"}]}
+
+    payment_method: PaymentMethod
+
+
+# Nothing was paid, so the order's sums follow from its total alone. $7: when a pending online order expires; $8, the
+# same as the event tells it; $9: the back office.
+CHANGE_PAYMENT_METHOD = f"""
+with changed as (
+    update orders o set payment_method = $5, seq = o.seq + 1, updated_at = $6,
+        expires_at = case o.status when 'pending' then $7::timestamptz end
+    where o.id = $1 and {SEEN} and o.status not in ({FINAL_STATUSES}) and o.paid = 0 and not o.paying
+        and ($9::boolean or o.status = 'pending') and not ($5 = 'online' and o.total = 0) and o.payment_method <> $5
+    returning o.*
+), told as (
+    insert into order_events (order_id, seq, type, at, body)
+    select o.id, o.seq, 'paymentMethodUpdate', $6, '{{"method":"' || $5 || '","payment":{{"method":"' || $5
+        || '","status":"' || case o.total when 0 then 'paid' else 'unpaid' end || '","due":' || o.total
+        || ',"paid":0,"refunded":0}}' || case o.status when 'pending' then $8 else '' end || '}}'
+    from changed o
+)
+select o.*, {LINES} from changed o"""
+
+MOVING_PAYMENT = """
+select id from payments where order_id = $1 and status in ('processing', 'authorized', 'unknown')
+order by status_at desc, id limit 1"""
+
+
+async def change_payment_method(
+    tx: Tx, actor: Actor, order_id: str, cmd: ChangePaymentMethod, *, expiry_s: int = PAYMENT_EXPIRY_S
+) -> Order | TrackedOrder:
+    """Let the order be paid in another way: by its customer until it is confirmed, by the back office until something
+    was paid. A pending order that becomes `online` is cancelled after `expiry_s` seconds unless it is being paid; one
+    that is no longer `online` is not. The same again changes nothing.
+
+    Raises:
+        NotFound, Forbidden, OrderClosed, Invalid; PaymentInProgress: somebody is paying it now.
+    """
+    require_role(actor, BACK_OFFICE | {Role.CUSTOMER, Role.GUEST}, "change how an order is paid")
+    if actor.tracks_only:
+        require_role(actor, (), "change how an order is paid with a tracking link")
+    seen, now, method = sight(actor, order_id), tx.now(), cmd.payment_method
+    expires_at = now + dt.timedelta(seconds=expiry_s) if method is PaymentMethod.ONLINE else None
+    told = f',"expiresAt":"{rfc3339(expires_at)}"' if expires_at is not None else ""
+
+    def check(order: Order) -> Order | None:
+        order.check_payment_method(actor, method)
+        return order if order.payment.status == "processing" or order.payment.method is method else None
+
+    guard = (order_uuid(order_id), seen.all, seen.customer, seen.agent)
+    row = await _change(
+        tx,
+        actor,
+        order_id,
+        CHANGE_PAYMENT_METHOD,
+        (*guard, method, now, expires_at, told, actor.role in BACK_OFFICE),
+        check,
+    )
+    if isinstance(row, Order) and row.payment.status == "processing":
+        moving = await tx.one(MOVING_PAYMENT, order_uuid(order_id))
+        if moving is None:  # it has ended since
+            raise Conflict("The order keeps changing; try again.")
+        raise PaymentInProgress("Somebody is paying the order now; wait for the outcome.", str(moving["id"]))
+    if isinstance(row, Order):
+        return row
+    order = from_row(row)
+    body: dict[str, object] = {"method": method, "payment": order.payment}
+    if order.expires_at is not None:
+        body["expiresAt"] = order.expires_at
+    tx.tell(order_id, [event(order_id, order.seq, Type.METHOD, now, msgspec.json.encode(body).decode())])
     return order
 
 

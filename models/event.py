@@ -36,9 +36,11 @@ class Type:
     ASSIGNED = "deliveryAgentAssigned"
     OUT_FOR_DELIVERY = "orderOutForDelivery"
     DELIVERED = "orderDelivered"
+    PAYMENT = "paymentUpdate"
+    METHOD = "paymentMethodUpdate"
 
 
-HIDDEN_FROM_TRACKING = ("note", "actor", "amount", "refunded", "override")
+HIDDEN_FROM_TRACKING = ("note", "actor", "amount", "refunded", "override", "lines")
 """Members that a guest with scope `track` does not see."""
 
 
@@ -62,6 +64,8 @@ class Event(msgspec.Struct, frozen=True):
         data = {name: value for name, value in self.data.items() if name not in HIDDEN_FROM_TRACKING}
         if data.get("agent"):
             data["agent"] = tracked_agent(data["agent"])
+        if "payment" in data:
+            data["payment"] = {name: data["payment"][name] for name in ("method", "status")}
         return Event(self.seq, self.type, self.at, msgspec.json.encode(data))
 
 

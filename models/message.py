@@ -7,9 +7,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from models.base import Time, UuidText, View
+from models.base import Amount, Time, UuidText, View
 from models.event import Type
-from models.order import Agent, Status, TrackedAgent
+from models.order import Agent, Expiry, PaymentMethod, PaymentSummary, Status, TrackedAgent, TrackedPayment
+from models.payment import PaymentStatus, Provider
 from models.user import Role
 
 
@@ -55,6 +56,38 @@ class OrderDelivered(OrderEvent):
     """Follows the orderStatusUpdate with the next `seq`."""
 
 
+class RefundedLine(View):
+    line_id: str
+    refunded: Annotated[int, Meta(description="of the line's total, minor units")]
+
+
+class PaymentUpdate(OrderEvent):
+    """A payment of the order has changed. `payment` is the order's own sums after that. Guests that track see no
+    amounts."""
+
+    payment_id: UuidText
+    status: PaymentStatus
+    provider: Provider
+    currency: str
+    payment: PaymentSummary | TrackedPayment
+    amount: Amount | None = None
+    refunded: Annotated[int | None, Meta(description="what went back of this payment")] = None
+    reason: Annotated[
+        str | None,
+        Meta(description="late_refunded, duplicate_refunded, mismatch_refunded or revived"),
+    ] = None
+    lines: Annotated[list[RefundedLine] | None, Meta(description="lines of which something went back")] = None
+    expires_at: Expiry = None
+
+
+class PaymentMethodUpdate(OrderEvent):
+    """How the order is to be paid has changed. `payment` is the order's own sums. Guests that track see no amounts."""
+
+    method: PaymentMethod
+    payment: PaymentSummary | TrackedPayment
+    expires_at: Expiry = None
+
+
 class OrderLocationUpdate(View):
     """Degrees, metres, metres per second; `ts` is Unix milliseconds, as the agent sent it. Keep the highest `ts`."""
 
@@ -92,16 +125,25 @@ class Disconnected(View):
     code: str
 
 
-DURABLE = (Type.STATUS, Type.ASSIGNED, Type.OUT_FOR_DELIVERY, Type.DELIVERED)
+DURABLE = (Type.STATUS, Type.ASSIGNED, Type.OUT_FOR_DELIVERY, Type.DELIVERED, Type.PAYMENT, Type.METHOD)
 """Events that are rows of the order's log: they carry a `seq` and are never lost."""
 
-DurableEvent = OrderStatusUpdate | DeliveryAgentAssigned | OrderOutForDelivery | OrderDelivered
+DurableEvent = (
+    OrderStatusUpdate
+    | DeliveryAgentAssigned
+    | OrderOutForDelivery
+    | OrderDelivered
+    | PaymentUpdate
+    | PaymentMethodUpdate
+)
 
 HEARD: dict[str, type[msgspec.Struct]] = {
     Type.STATUS: OrderStatusUpdate,
     Type.ASSIGNED: DeliveryAgentAssigned,
     Type.OUT_FOR_DELIVERY: OrderOutForDelivery,
     Type.DELIVERED: OrderDelivered,
+    Type.PAYMENT: PaymentUpdate,
+    Type.METHOD: PaymentMethodUpdate,
     "orderLocationUpdate": OrderLocationUpdate,
     "subscriptionClosed": SubscriptionClosed,
     "tokenExpiring": TokenExpiring,

@@ -185,6 +185,10 @@ def sources(actor: Actor, target: Status) -> list[str]:
     ]
 
 
+PAYMENT_EXPIRY_S = 900
+"""How long an online order waits for somebody to pay, unless the setting of this name says otherwise."""
+
+
 class AskedItem(Strict):
     """A line as it is asked for: of a product (`sku`), or free (`name` and `unitPrice`, minor units before tax)."""
 
@@ -244,6 +248,10 @@ class PaymentSummary(View):
     refunded: Amount
 
 
+Waits = Annotated[list[str] | None, Meta(description="what the order waits for: payment")]
+Expiry = Annotated[Time | None, Meta(description="when it is cancelled unless the payment comes")]
+
+
 class TrackedPayment(View):
     method: PaymentMethod
     status: PaymentState
@@ -274,6 +282,8 @@ class TrackedOrder(View):
     updated_at: Time
     reference: str | None = None
     agent: TrackedAgent | None = None
+    waiting_for: Waits = None
+    expires_at: Expiry = None
 
 
 class Order(View):
@@ -300,6 +310,8 @@ class Order(View):
     table: str | None = None
     agent: Agent | None = None
     notes: str | None = None
+    waiting_for: Waits = None
+    expires_at: Expiry = None
 
     def allowed(self, actor: Actor) -> list[str]:
         """Where this actor may move the order now; what only an override lets through, staff may."""
@@ -340,6 +352,22 @@ class Order(View):
         if self.status in FINAL:
             raise OrderClosed(f"The order is {self.status}; nobody can be assigned any more.")
 
+    def check_payment_method(self, actor: Actor, method: PaymentMethod) -> None:
+        """Refuse that the order is paid in this way from now on, or return. Whether somebody pays now is not judged here.
+
+        Raises:
+            OrderClosed: it is in a final status, something was paid, or its customer comes after it was confirmed.
+            Invalid: an order without a price is not paid online.
+        """
+        if self.status in FINAL:
+            raise OrderClosed(f"The order is {self.status}; how it is paid cannot change any more.")
+        if self.payment.paid > 0:
+            raise OrderClosed("Something has been paid; how the order is paid cannot change any more.")
+        if self.status is not Status.PENDING and actor.role not in BACK_OFFICE:
+            raise OrderClosed(f"The order is {self.status}; only the shop changes how it is paid.")
+        if method is PaymentMethod.ONLINE and self.totals.total == 0:
+            raise Invalid("An order without a price has nothing to be paid online.", "/paymentMethod")
+
     def for_tracking(self) -> TrackedOrder:
         agent = TrackedAgent(**tracked_agent({"name": self.agent.name})) if self.agent else None
         return TrackedOrder(
@@ -358,6 +386,8 @@ class Order(View):
             updated_at=self.updated_at,
             reference=self.reference,
             agent=agent,
+            waiting_for=self.waiting_for,
+            expires_at=self.expires_at,
         )
 
     def view(self, actor: Actor) -> Order | TrackedOrder:
@@ -375,13 +405,24 @@ class Order(View):
         after = msgspec.structs.replace(self, seq=event.seq, updated_at=event.at)
         if event.type == Type.STATUS:
             status = Status(data["status"])
-            due = 0 if status is Status.CANCELLED else self.totals.total - self.payment.paid
-            payment = msgspec.structs.replace(self.payment, due=due)
-            return msgspec.structs.replace(after, status=status, status_reason=data.get("note"), payment=payment)
+            payment = msgspec.structs.replace(self.payment, due=due(status, self.totals.total, self.payment.paid))
+            after = msgspec.structs.replace(after, status=status, status_reason=data.get("note"), payment=payment)
+            return after if status is Status.PENDING else msgspec.structs.replace(after, expires_at=None).waiting()
         if event.type == Type.ASSIGNED:
             agent = data["agent"]
             return msgspec.structs.replace(after, agent=msgspec.convert(agent, Agent) if agent else None)
+        if event.type in (Type.PAYMENT, Type.METHOD):
+            payment = msgspec.convert(data["payment"], PaymentSummary)
+            refunded = {line["lineId"]: line["refunded"] for line in data.get("lines", ())}
+            items = [msgspec.structs.replace(x, refunded=refunded.get(x.line_id, x.refunded)) for x in self.items]
+            expires_at = data.get("expiresAt")
+            return msgspec.structs.replace(after, payment=payment, items=items, expires_at=expires_at).waiting()
         return after
+
+    def waiting(self) -> Order:
+        """The same order, with what it waits for."""
+        for_payment = waits_for_payment(self.status, self.payment.method, self.payment.due)
+        return msgspec.structs.replace(self, waiting_for=["payment"] if for_payment else None)
 
 
 class Row(Protocol):
@@ -393,14 +434,14 @@ class Row(Protocol):
 def from_row(row: Row) -> Order:
     """The order of a row of `orders` that carries its lines as JSON text in `lines`."""
     agent_id, total, paid, refunded = row["agent_id"], row["total"], row["paid"], row["refunded"]
-    due = 0 if row["status"] == Status.CANCELLED else total - paid
+    status, expires_at = Status(row["status"]), row["expires_at"]
     return Order(
         id=str(row["id"]),
         number=str(row["number"]),
         reference=row["reference"],
         customer_id=row["customer_id"],
         fulfilment=Fulfilment(row["fulfilment"]),
-        status=Status(row["status"]),
+        status=status,
         status_reason=row["status_reason"],
         seq=row["seq"],
         currency=row["currency"],
@@ -415,8 +456,8 @@ def from_row(row: Row) -> Order:
         ),
         payment=PaymentSummary(
             method=PaymentMethod(row["payment_method"]),
-            status=payment_status(total, paid, refunded),
-            due=due,
+            status=payment_status(total, paid, refunded, paying=row["paying"]),
+            due=due(status, total, paid),
             paid=paid,
             refunded=refunded,
         ),
@@ -427,7 +468,8 @@ def from_row(row: Row) -> Order:
         notes=row["notes"],
         created_at=rfc3339(row["created_at"]),
         updated_at=rfc3339(row["updated_at"]),
-    )
+        expires_at=rfc3339(expires_at) if expires_at is not None and status is Status.PENDING else None,
+    ).waiting()
 
 
 _decode_lines = msgspec.json.Decoder(list[Line]).decode
@@ -435,13 +477,24 @@ _decode_address = msgspec.json.Decoder(Address).decode
 _decode_contact = msgspec.json.Decoder(Contact).decode
 
 
-def payment_status(total: int, paid: int, refunded: int) -> str:
-    """The order's payment status from its sums, all in minor units of one currency."""
+def due(status: Status, total: int, paid: int) -> int:
+    """What is still to be paid: nothing for an order that is cancelled."""
+    return 0 if status is Status.CANCELLED else max(0, total - paid)
+
+
+def waits_for_payment(status: Status, method: PaymentMethod, due: int) -> bool:
+    return status is Status.PENDING and method is PaymentMethod.ONLINE and due > 0
+
+
+def payment_status(total: int, paid: int, refunded: int, *, paying: bool = False) -> str:
+    """The order's payment status from its sums, all in minor units of one currency; `paying`: somebody is trying to."""
     if refunded:
         return "refunded" if refunded >= paid else "partially_refunded"
     if paid:
         return "paid" if paid >= total else "partially_paid"
-    return "paid" if total == 0 else "unpaid"
+    if total == 0:
+        return "paid"
+    return "processing" if paying else "unpaid"
 
 
 def check_currency(currency: str) -> str:

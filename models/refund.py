@@ -20,6 +20,7 @@ from sqlalchemy import (
     Uuid,
     text,
 )
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from models.base import Amount, Time, UtcTime, UuidText, View, metadata
 from models.payment import Failure, RefundReport
@@ -72,6 +73,8 @@ refunds = Table(
     Column("gateway_refund_id", Text),
     # how often it was begun anew after it had failed: each is another refund for the gateway
     Column("attempt", Integer, nullable=False, server_default=text("0")),
+    # the gateway's ids of those that failed: news of them is no news of this one
+    Column("earlier", ARRAY(Text), nullable=False, server_default=text("'{}'")),
     Column("failure", Text),
     Column("requested_by", Text),
     Column("created_at", UtcTime, nullable=False),

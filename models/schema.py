@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models import audit, event, inbox, ledger, link, order, payment, position, refund, user
+from models import audit, event, inbox, ledger, link, order, payment, position, reconciliation, refund, user
 from models.base import metadata
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "order",
     "payment",
     "position",
+    "reconciliation",
     "refund",
     "user",
 ]

@@ -28,6 +28,7 @@ from models.errors import (
     Malformed,
     NotFound,
     OrderClosed,
+    PaymentInProgress,
     PaymentRequired,
     Refused,
     TooLarge,
@@ -90,6 +91,10 @@ class Rest:
         self._takes_requests = takes_requests
         self.public_url = settings.public_url
         """What links start with; the process fills it in when it knows its port."""
+        self._place = Verb("place", partial(orders.place, expiry_s=settings.payment_expiry_s), status=201)
+        self._change_payment_method = Verb(
+            "change_payment_method", partial(orders.change_payment_method, expiry_s=settings.payment_expiry_s)
+        )
         self._create_link = {
             scope: Verb(name, partial(self._new_link, scope), status=201)
             for scope, name in ((Scope.TRACK, "create_tracking_link"), (Scope.PAY, "create_payment_link"))
@@ -108,6 +113,14 @@ class Rest:
             ttl_s=self._settings.link_ttl_s,
             ttl_max_s=self._settings.link_ttl_max_s,
         )
+
+    # what needs a setting
+
+    async def place(self, call: Call) -> web.Response:
+        return written(await self.perform(call, self._place))
+
+    async def change_payment_method(self, call: Call) -> web.Response:
+        return written(await self.perform(call, self._change_payment_method))
 
     # reads
 
@@ -221,8 +234,7 @@ class Rest:
             command = decode(await read_json(request), route.takes)
         call = Call(request, actor, request.match_info.get("order_id", ""), command)
         if isinstance(route.run, Verb):
-            given = await self.perform(call, route.run)
-            return web.Response(status=given.status, body=given.body, content_type="application/json")
+            return written(await self.perform(call, route.run))
         return await route.run(self, call)
 
     async def _actor(self, request: web.Request) -> Actor:
@@ -329,14 +341,13 @@ class Route(NamedTuple):
     """What the answer is written in; as text/csv, `gives` is what one row shows."""
 
 
-PLACE = Verb("place", orders.place, status=201)
 QUOTE = Verb("quote", orders.quote)
 CANCEL = Verb("cancel", orders.cancel)
 ASSIGN = Verb("assign", orders.assign, before=orders.before_assign)
 REVOKE = Verb("revoke", users.revoke)
 
 ROUTES = [
-    Route("POST", "/orders", PLACE, "Place an order", orders.Place, Order, 201, (Forbidden, Conflict)),
+    Route("POST", "/orders", Rest.place, "Place an order", orders.Place, Order, 201, (Forbidden, Conflict)),
     Route(
         "POST",
         "/orders/quote",
@@ -399,6 +410,16 @@ ROUTES = [
         Order,
         200,
         (Forbidden, NotFound, IllegalMove, Conflict),
+    ),
+    Route(
+        "POST",
+        "/orders/{order_id}/payment-method",
+        Rest.change_payment_method,
+        "Let it be paid in another way",
+        orders.ChangePaymentMethod,
+        Order,
+        200,
+        (Forbidden, NotFound, OrderClosed, PaymentInProgress, Conflict),
     ),
     Route(
         "POST",
@@ -488,6 +509,10 @@ def _bound(route: Route, rest: Rest) -> Handler:
         return await rest.handle(route, request)
 
     return handler
+
+
+def written(given: Answer) -> web.Response:
+    return web.Response(status=given.status, body=given.body, content_type="application/json")
 
 
 def answer(value: object, status: int = 200) -> web.Response:

@@ -17,6 +17,9 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from models.money import MINOR_UNITS_MAX
+from models.order import PAYMENT_EXPIRY_S
+
 DEFAULT_JWT_SECRET = "waybill-development-secret-never-use-in-production"
 """What signs tokens on a developer's machine when `JWT_SECRET` is not set. Production refuses it."""
 
@@ -165,6 +168,37 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     token_expiry_grace_s: Annotated[
         Seconds, Meta(description="a socket hears on for this long after `exp`, but may only refresh; then it is ended")
     ] = 5
+
+    payment_expiry_s: Annotated[
+        Seconds, Meta(description="an online order that nobody tries to pay is cancelled this long after placing")
+    ] = PAYMENT_EXPIRY_S
+    payment_window_s: Annotated[
+        Seconds, Meta(description="starting a payment holds its order for at least so long")
+    ] = 600
+    hold_max_s: Annotated[
+        Seconds, Meta(description="while money is moving an order is held until this long after placing")
+    ] = 2700
+    revive_window_s: Annotated[
+        Seconds, Meta(description="late money revives an order that expired no longer ago; else it goes back")
+    ] = 24 * 3600
+    mismatch_hold_s: Annotated[
+        Seconds, Meta(description="money of another amount or currency goes back after this, unless staff is faster")
+    ] = 3600
+    reconcile_after_s: Annotated[
+        Seconds, Meta(description="a payment that is moving for so long is asked about at its gateway")
+    ] = 15
+    sweep_interval_s: Annotated[Seconds, Meta(description="how often expired orders are looked for")] = 5
+    seller_time_zone: Annotated[str, Meta(description="IANA name of the zone in which days begin and end")] = "UTC"
+    staff_refund_max_minor: Annotated[
+        Annotated[int, Meta(ge=0, le=MINOR_UNITS_MAX)],
+        Meta(description="largest refund that staff may make alone, minor units; above, admin or service"),
+    ] = 100_000
+    cash_partial: Annotated[Literal["on", "off"], Meta(description="on: cash may also pay a part of what is due")] = (
+        "off"
+    )
+    cash_rounding_minor: Annotated[
+        str, Meta(description="smallest coin by currency, minor units, as INR=100,CHF=5: cash due is rounded to it")
+    ] = "INR=100"
 
     location_min_interval_ms: Annotated[
         Annotated[int, Meta(ge=0, le=3_600_000)],
@@ -333,7 +367,9 @@ def load(environ: Mapping[str, str], dotenv: Path | None = None) -> Settings:
     for field, type_ in get_type_hints(Settings, include_extras=True).items():
         raw = values.get(field.upper(), "").strip()
         if raw:
-            given[field] = _convert(field, type_, raw.lower() if field in ("log_level", "rate_limits") else raw)
+            given[field] = _convert(
+                field, type_, raw.lower() if field in ("log_level", "rate_limits", "cash_partial") else raw
+            )
     for field, check in (("trusted_proxies", networks), ("cors_origins", origins)):
         check(str(given.get(field, "")))
     settings = Settings(**given)  # type: ignore[arg-type]  # each value was converted to its field's type above
@@ -441,6 +477,7 @@ def _check_relations(s: Settings) -> None:
             3 * s.presence_flush_ms <= s.presence_alive_s * 1000,
             "PRESENCE_ALIVE_S must be three times PRESENCE_FLUSH_MS or more, or the counts of a living instance vanish",
         ),
+        (s.payment_window_s <= s.hold_max_s, "PAYMENT_WINDOW_S must not be more than HOLD_MAX_S"),
         (s.slow_bytes < s.queue_max_bytes, "SLOW_BYTES must be less than QUEUE_MAX_BYTES"),
         (
             s.token_max_bytes + s.recovery_offset_max_bytes < s.frame_max_bytes,

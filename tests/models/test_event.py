@@ -52,6 +52,8 @@ def test_the_types_have_the_contracts_names() -> None:
         "deliveryAgentAssigned",
         "orderOutForDelivery",
         "orderDelivered",
+        "paymentUpdate",
+        "paymentMethodUpdate",
     }
 
 

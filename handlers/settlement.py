@@ -1,0 +1,987 @@
+"""The one settle path: whatever the world says of a payment is booked here, in one transaction.
+
+The row of the order is the mutex of all its money: it is locked first, then payments, captures, refunds and the ledger
+are read and written, and the events of payment and order follow. `settle` judges news from a gateway; `Book` is what
+it, and every other verb that touches money, writes with. Nothing here calls a gateway: what must be called is a job.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from handlers.context import Row, Tx
+from handlers.jobs import enqueue
+from handlers.ports import Reservations
+from models.base import rfc3339
+from models.errors import NotFound, NotRefundable
+from models.event import Event, Type, event
+from models.ledger import DISPUTES, FEES, ORDER_RECEIVABLE, REFUNDS_DUE, Post, balanced, money_of
+from models.order import Fulfilment, PaymentMethod, PaymentSummary, Status, due, payment_status, waits_for_payment
+from models.payment import (
+    GATEWAYS,
+    MOVING,
+    OPEN,
+    Attention,
+    Capture,
+    DisputeNews,
+    DisputeReport,
+    Failure,
+    News,
+    Payment,
+    PaymentStatus,
+    Provider,
+    RefundNews,
+    RefundReport,
+    Report,
+    Source,
+    after,
+    with_refunds,
+)
+from models.refund import Cause, Channel, Money, RefundStatus
+from models.refund import after as refund_after
+from models.user import Actor
+
+EXPIRED = "expired"
+"""The `note` of an order that was cancelled because its money did not come."""
+
+AT_GATEWAY = "refunded at the gateway"
+"""The reason of a refund that somebody made elsewhere."""
+
+
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """The time limits of payments, in seconds; settings of the same names."""
+
+    payment_window_s: int
+    hold_max_s: int
+    revive_window_s: int
+    mismatch_hold_s: int
+
+
+class House(NamedTuple):
+    """What the settle path asks besides the tables."""
+
+    terms: Terms
+    reservations: Reservations
+
+
+class UnknownPayment(Exception):
+    """News about something that we do not know, or do not know yet."""
+
+
+class Settled(NamedTuple):
+    """What became of a payment."""
+
+    payment_id: str
+    order_id: str
+    before: PaymentStatus
+    after: PaymentStatus
+
+
+class OrderMoney(msgspec.Struct):
+    """What the row of an order says of its money. Amounts: minor units of `currency`."""
+
+    id: uuid.UUID
+    status: Status
+    fulfilment: Fulfilment
+    payment_method: PaymentMethod
+    currency: str
+    total: int
+    paid: int
+    refunded: int
+    paying: bool
+    seq: int
+    customer_id: str | None
+    agent_id: str | None
+    created_at: dt.datetime
+    expires_at: dt.datetime | None
+    expired_at: dt.datetime | None
+    status_reason: str | None
+
+    @property
+    def due(self) -> int:
+        return due(self.status, self.total, self.paid)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is confirmed as soon as it is paid."""
+        return waits_for_payment(self.status, self.payment_method, self.due)
+
+    def summary(self) -> PaymentSummary:
+        status = payment_status(self.total, self.paid, self.refunded, paying=self.paying)
+        return PaymentSummary(
+            method=self.payment_method, status=status, due=self.due, paid=self.paid, refunded=self.refunded
+        )
+
+
+class PaymentRow(msgspec.Struct, kw_only=True):
+    """A row of `payments`. Amounts: minor units of `currency`."""
+
+    id: uuid.UUID
+    order_id: uuid.UUID
+    provider: Provider
+    status: PaymentStatus
+    amount: int
+    currency: str
+    reference: str
+    created_at: dt.datetime
+    updated_at: dt.datetime
+    status_at: dt.datetime
+    expected: int
+    purpose: str = "order"
+    customer_id: str | None = None
+    method: str | None = None
+    capture: Capture = Capture.AUTOMATIC
+    captured: int = 0
+    refunded: int = 0
+    reserved: int = 0
+    disputed: int = 0
+    gateway_order_id: str | None = None
+    gateway_payment_id: str | None = None
+    description: str | None = None
+    metadata: str = "{}"
+    return_url: str | None = None
+    failure: str | None = None
+    attention: Attention | None = None
+    superseded: bool = False
+    attempted: bool = False
+    confirmed_by: str | None = None
+    tendered: int | None = None
+    completed_at: dt.datetime | None = None
+
+    @property
+    def money(self) -> Money:
+        return Money(self.captured, self.refunded, self.reserved, self.disputed)
+
+    @property
+    def has_completed(self) -> bool:
+        return self.completed_at is not None
+
+
+_COLUMNS = PaymentRow.__struct_fields__
+_MUTABLE = [
+    name
+    for name in _COLUMNS
+    if name not in ("id", "order_id", "provider", "amount", "currency", "reference", "created_at", "purpose")
+]
+INSERT_PAYMENT = (
+    f"insert into payments ({', '.join(_COLUMNS)}) values ({', '.join(f'${n}' for n in range(1, len(_COLUMNS) + 1))})"
+)
+UPDATE_PAYMENT = (
+    f"update payments set {', '.join(f'{name} = ${n}' for n, name in enumerate(_MUTABLE, 2))} where id = $1"
+)
+
+
+def read_row(row: Row) -> PaymentRow:
+    """A row of `payments`, all its columns selected."""
+    return msgspec.convert({name: row[name] for name in _COLUMNS}, PaymentRow, builtin_types=(uuid.UUID, dt.datetime))
+
+
+def view(row: PaymentRow) -> Payment:
+    """The payment as it is shown."""
+    return Payment(
+        id=str(row.id),
+        purpose=row.purpose,
+        order_id=str(row.order_id),
+        customer_id=row.customer_id,
+        provider=row.provider,
+        method=row.method,
+        status=row.status,
+        amount=row.amount,
+        currency=row.currency,
+        captured=row.captured,
+        refunded=row.refunded,
+        refundable=row.money.refundable,
+        disputed=row.disputed,
+        gateway_order_id=row.gateway_order_id,
+        gateway_payment_id=row.gateway_payment_id,
+        reference=row.reference,
+        description=row.description,
+        metadata=msgspec.json.decode(row.metadata, type=dict[str, str]),
+        failure=msgspec.json.decode(row.failure, type=Failure) if row.failure else None,
+        attention=row.attention,
+        confirmed_by=row.confirmed_by,
+        created_at=rfc3339(row.created_at),
+        completed_at=rfc3339(row.completed_at) if row.completed_at else None,
+    )
+
+
+# opening the book
+
+
+LOCK_ORDER = f"select {', '.join(OrderMoney.__struct_fields__)} from orders where id = $1 for update"
+LOCK_ORDER_OF = f"""
+select {", ".join(OrderMoney.__struct_fields__)} from orders
+where id = (select order_id from payments where id = $1) for update"""
+# A statement of its own, after the lock: it sees what the holder before us has committed.
+READ_PAYMENT = """
+select p.*, exists(select from payments q where q.order_id = p.order_id and q.id <> p.id
+    and q.status in ('processing', 'authorized', 'unknown')) as others_moving
+from payments p where p.id = $1"""
+MOVING_ON = """
+select exists(select from payments where order_id = $1
+    and status in ('processing', 'authorized', 'unknown')) as moving"""
+
+
+async def open_book(tx: Tx, payment_id: str) -> Book:
+    """Lock the order of a payment, and read both.
+
+    Raises:
+        NotFound.
+    """
+    found = uuid.UUID(payment_id)
+    order = await tx.one(LOCK_ORDER_OF, found)
+    row = await tx.one(READ_PAYMENT, found) if order is not None else None
+    if order is None or row is None:
+        raise NotFound("There is no such payment.")
+    return Book(tx, _order(order), read_row(row), row["others_moving"])
+
+
+async def open_order(tx: Tx, order_id: str) -> Book:
+    """Lock an order whose money is to be written; its book has no payment until one is started.
+
+    Raises:
+        NotFound.
+    """
+    row = await tx.one(LOCK_ORDER, uuid.UUID(order_id))
+    moving = await tx.one(MOVING_ON, uuid.UUID(order_id)) if row is not None else None
+    if row is None or moving is None:
+        raise NotFound("There is no such order.")
+    return Book(tx, _order(row), None, moving["moving"])
+
+
+def _order(row: Row) -> OrderMoney:
+    names = OrderMoney.__struct_fields__
+    return msgspec.convert({name: row[name] for name in names}, OrderMoney, builtin_types=(uuid.UUID, dt.datetime))
+
+
+CAPTURED = "select payment_id, amount, currency, applied, fee from captures where provider = $1 and key = $2"
+ADD_CAPTURE = """
+insert into captures (provider, key, payment_id, amount, currency, applied, fee, at)
+values ($1, $2, $3, $4, $5, $6, $7, $8)"""
+SET_FEE = "update captures set fee = $3 where provider = $1 and key = $2"
+# newest first; `left` is what neither has gone back nor is about to
+CAPTURES_LEFT = """
+select c.key, c.currency, c.amount - coalesce(sum(r.amount), 0)::bigint as left,
+    c.applied - coalesce(sum(r.applied), 0)::bigint as applied_left
+from captures c left join refunds r on r.provider = c.provider and r.capture_key = c.key
+where c.payment_id = $1 group by c.provider, c.key order by c.at desc, c.key"""
+
+ADD_REFUND = """
+insert into refunds (id, order_id, payment_id, provider, capture_key, amount, currency, status, reason, cause, applied,
+    delivery, channel, reference, requested_by, created_at, updated_at)
+values ($1, $2, $3, $4, $5, $6, $7, 'pending', $8, $9, $10, $11, $12, $13, $14, $15, $15)"""
+ADD_REFUND_LINES = """
+insert into refund_lines (refund_id, position, quantity, amount)
+select $1, * from unnest($2::integer[], $3::integer[], $4::bigint[])"""
+REFUND_COLUMNS = """id, payment_id, capture_key, amount, currency, status, cause, applied, delivery, channel,
+    gateway_refund_id, earlier, attempt"""
+REFUNDS_OF = f"select {REFUND_COLUMNS} from refunds where payment_id = $1 order by created_at, id"
+SET_REFUND = """
+update refunds set status = $2, gateway_refund_id = $3, failure = $4, settled_at = $5, updated_at = $6, reference = $7
+where id = $1"""
+REFUND_LINES = """
+update order_lines l set refunded = l.refunded + $3 * x.amount
+from refund_lines x where x.refund_id = $2 and l.order_id = $1 and l.position = x.position
+returning l.position, l.refunded"""
+
+DISPUTE = "select status, amount, currency from disputes where provider = $1 and gateway_dispute_id = $2"
+SET_DISPUTE = """
+insert into disputes (provider, gateway_dispute_id, payment_id, status, amount, currency, at)
+values ($1, $2, $3, $4, $5, $6, $7)
+on conflict (provider, gateway_dispute_id) do update set status = excluded.status"""
+
+WRITE_ORDER = """
+update orders set status = $2, paid = $3, refunded = $4, paying = $5, seq = $6, expires_at = $7, expired_at = $8,
+    status_reason = $9, payment_method = $10, updated_at = $11
+where id = $1"""
+WRITE_EVENTS = """
+insert into order_events (order_id, seq, type, at, body)
+select $1, e.seq, e.type, $2, e.body from unnest($3::integer[], $4::text[], $5::text[]) as e(seq, type, body)"""
+WRITE_LEDGER = """
+insert into ledger_rows (entry, at, kind, account, currency, amount, order_id, payment_id, refund_id, note)
+select x.entry, $1, x.kind, x.account, x.currency, x.amount, $2, $3, x.refund, $4
+from unnest($5::uuid[], $6::text[], $7::text[], $8::text[], $9::bigint[], $10::uuid[])
+    as x(entry, kind, account, currency, amount, refund)"""
+WRITE_LIFECYCLE = """
+insert into lifecycle_events (type, at, order_id, payment_id, data)
+select x, $1, $2, $3, $4 from unnest($5::text[]) as x"""
+WRITE_INPUT = """
+insert into payment_inputs (payment_id, at, source, actor, kind, before, after, detail)
+values ($1, $2, $3, $4, $5, $6, $7, $8)"""
+WAKE_PARKED = """
+update webhooks set status = 'received', next_at = $2 where status = 'parked' and refs && array[$1]"""
+
+
+class RefundRow(msgspec.Struct):
+    """A row of `refunds` as the book needs it."""
+
+    id: uuid.UUID
+    payment_id: uuid.UUID
+    capture_key: str
+    amount: int
+    currency: str
+    status: RefundStatus
+    cause: Cause | None
+    applied: int
+    delivery: int
+    channel: Channel
+    gateway_refund_id: str | None
+    earlier: list[str]
+    attempt: int
+
+
+class _Entry(NamedTuple):
+    kind: str
+    currency: str
+    posts: list[Post]
+    refund_id: uuid.UUID | None
+
+
+class Book:
+    """An order that is locked, and one of its payments: changed in memory, written by `close`."""
+
+    def __init__(self, tx: Tx, order: OrderMoney, payment: PaymentRow | None, others_moving: bool) -> None:
+        self.tx = tx
+        self.order = order
+        self._payment = payment
+        self._others_moving = others_moving
+        self._is_new = False
+        self._before = payment.status if payment is not None else None
+        self._events: list[tuple[str, dict[str, Any]]] = []
+        self._entries: list[_Entry] = []
+        self._lifecycle: list[str] = []
+
+    @property
+    def payment(self) -> PaymentRow:
+        assert self._payment is not None, "this book has no payment"
+        return self._payment
+
+    @property
+    def order_id(self) -> str:
+        return str(self.order.id)
+
+    # a payment begins
+
+    def start(self, payment: PaymentRow, terms: Terms) -> None:
+        """Begin a payment: told as pending, and the order is held for as long as paying takes."""
+        self._payment, self._is_new = payment, True
+        self._hold_until(self.tx.now() + dt.timedelta(seconds=terms.payment_window_s))
+        self._lifecycle.append("payment.created")
+        self.tell_payment()
+
+    def _hold_until(self, at: dt.datetime) -> None:
+        if self.order.status is Status.PENDING and self.order.expires_at is not None:
+            self.order.expires_at = max(self.order.expires_at, at)
+
+    # news that moves no money
+
+    def report(self, news: News, terms: Terms) -> None:
+        """Book what news says of the payment, except that it was captured."""
+        payment, report = self.payment, news.report
+        assert report is not None
+        if report in (Report.PROCESSING, Report.AUTHORIZED, Report.FAILED):
+            payment.attempted = True
+        if report is Report.AUTHORIZED and (news.amount, news.currency) != (payment.amount, payment.currency):
+            payment.attention = Attention.MISMATCH
+        status = after(payment.status, report, news.fresh)
+        if report is Report.FAILED and status is PaymentStatus.FAILED:
+            payment.failure = _json(news.failure)
+        if status is payment.status:
+            return
+        self._become(status)
+        if status in (PaymentStatus.PROCESSING, PaymentStatus.AUTHORIZED):
+            self._hold_until(self.order.created_at + dt.timedelta(seconds=terms.hold_max_s))
+        if status is PaymentStatus.FAILED:
+            self._lifecycle.append("payment.failed")
+        self.tell_payment()
+
+    def _become(self, status: PaymentStatus) -> None:
+        payment = self.payment
+        if payment.status is not status:
+            payment.status, payment.status_at = status, self.tx.now()
+        if status is PaymentStatus.UNKNOWN:
+            payment.attention = Attention.UNKNOWN
+        elif payment.attention is Attention.UNKNOWN:
+            payment.attention = None
+        self.order.paying = self._others_moving or status in MOVING
+
+    async def learn(self, news: News) -> None:
+        """Keep the names that the gateway gives the payment; webhooks that waited for them are looked at again."""
+        payment = self.payment
+        for name, known, told in (
+            ("gateway_order_id", payment.gateway_order_id, news.gateway_order_id),
+            ("gateway_payment_id", payment.gateway_payment_id, news.gateway_payment_id),
+        ):
+            if told is None or told == known:
+                continue
+            # a later attempt has another id, but what was captured keeps the id of its money
+            if known is None or (name == "gateway_payment_id" and not payment.has_completed):
+                setattr(payment, name, told)
+                await self.tx.one(WAKE_PARKED, told, self.tx.now())
+        if news.method is not None and not payment.has_completed:
+            payment.method = news.method
+
+    # money that comes
+
+    async def capture(self, key: str, amount: int, currency: str, fee: int | None, house: House) -> None:
+        """Book money that came, once per `key`: to the order as far as it owes it, the rest is refunded.
+
+        `amount` and `fee`: minor units of `currency`.
+        """
+        payment, now = self.payment, self.tx.now()
+        booked = await self.tx.one(CAPTURED, payment.provider, key)
+        if booked is not None:
+            if booked["fee"] is None and fee:
+                await self.tx.one(SET_FEE, payment.provider, key, fee)
+                self._post_fee(fee, booked["currency"])
+            return
+        payment.attempted = True
+        right = (amount, currency) == (payment.expected, payment.currency)
+        applied, cause = (await self._apply(amount, house)) if right else (0, Cause.MISMATCH)
+        self.order.paid += applied
+        await self.tx.one(ADD_CAPTURE, payment.provider, key, payment.id, amount, currency, applied, fee, now)
+        self.post(
+            "capture",
+            currency,
+            Post(money_of(payment.provider), amount),
+            Post(ORDER_RECEIVABLE, -applied),
+            Post(REFUNDS_DUE, applied - amount),
+        )
+        if fee:
+            self._post_fee(fee, currency)
+        if currency == payment.currency:
+            payment.captured += amount
+        if right:
+            self._complete(cause)
+        else:
+            self._become(after(payment.status, Report.PROCESSING, fresh=True))
+            self.tell_payment()
+        if cause is not None:
+            payment.attention = _ATTENTION[cause]
+            excess = amount if cause is Cause.LATE else amount - applied
+            await self._reserve_one(
+                key,
+                currency,
+                excess,
+                applied if cause is Cause.LATE else 0,
+                reason=_REASON[cause],
+                cause=cause,
+                after_s=house.terms.mismatch_hold_s if cause is Cause.MISMATCH else 0,
+            )
+        if self.order.status is Status.PENDING and self._paid_online():
+            self.move(Status.CONFIRMED)
+
+    async def _apply(self, amount: int, house: House) -> tuple[int, Cause | None]:
+        """How much of `amount` the order is owed, and why the rest, or all of it, goes back."""
+        order = self.order
+        if order.status is Status.CANCELLED:
+            if not await self._revives(amount, house):
+                return amount, Cause.LATE
+            order.status, order.status_reason = Status.PENDING, None  # `capture` confirms it
+        applied = min(amount, order.due)
+        return applied, Cause.DUPLICATE if applied < amount else None
+
+    async def _revives(self, amount: int, house: House) -> bool:
+        """Late money revives only an order that was cancelled because it was late, whole, and if all is still there."""
+        order = self.order
+        if order.expired_at is None or order.paid or amount < order.total:
+            return False
+        if self.tx.now() - order.expired_at > dt.timedelta(seconds=house.terms.revive_window_s):
+            return False
+        return await house.reservations.retake(self.tx, self.order_id)
+
+    def _paid_online(self) -> bool:
+        return self.order.payment_method is PaymentMethod.ONLINE and self.order.due == 0
+
+    def _complete(self, cause: Cause | None) -> None:
+        order, payment = self.order, self.payment
+        revived = order.expired_at is not None and order.status is Status.PENDING
+        payment.failure = None
+        if payment.completed_at is None:
+            payment.completed_at = self.tx.now()
+            self._lifecycle.append("payment.completed")
+        if payment.attention is not Attention.DISPUTE:
+            payment.attention = None
+        self._become(with_refunds(payment.captured, payment.refunded))
+        self.tell_payment(cause or ("revived" if revived else None))
+
+    def _post_fee(self, fee: int, currency: str) -> None:
+        self.post("fee", currency, Post(FEES, fee), Post(money_of(self.payment.provider), -fee))
+
+    # money that goes back
+
+    async def reserve(
+        self,
+        amount: int,
+        reason: str,
+        *,
+        capture_key: str | None = None,
+        channel: Channel = Channel.ORIGINAL,
+        requested_by: str | None = None,
+        reference: str | None = None,
+        lines: Sequence[tuple[int, int, int]] = (),
+        delivery: int = 0,
+    ) -> list[uuid.UUID]:
+        """Reserve `amount` of what came (minor units of the payment's currency); a job carries it out. One refund for
+        each capture that it is taken from, newest first: nearly always one. `lines`: (position, quantity, amount).
+
+        Raises:
+            NotRefundable: more than came and is neither back, nor on its way, nor in dispute.
+        """
+        payment = self.payment
+        if not 0 < amount <= payment.money.refundable:
+            raise NotRefundable("There is not so much to refund.", payment.money.refundable)
+        made: list[uuid.UUID] = []
+        for row in await self.tx.all(CAPTURES_LEFT, payment.id):
+            part = min(amount, row["left"])
+            if part <= 0 or row["currency"] != payment.currency or capture_key not in (None, row["key"]):
+                continue
+            made.append(
+                await self._reserve_one(
+                    row["key"],
+                    payment.currency,
+                    part,
+                    min(part, row["applied_left"]),
+                    reason=reason,
+                    channel=channel,
+                    requested_by=requested_by,
+                    reference=reference,
+                    lines=() if made else lines,
+                    delivery=0 if made else delivery,
+                )
+            )
+            amount -= part
+            if not amount:
+                return made
+        raise NotRefundable("There is not so much to refund.", payment.money.refundable)
+
+    async def _reserve_one(
+        self,
+        key: str,
+        currency: str,
+        amount: int,
+        applied: int,
+        *,
+        reason: str,
+        cause: Cause | None = None,
+        channel: Channel = Channel.ORIGINAL,
+        requested_by: str | None = None,
+        reference: str | None = None,
+        lines: Sequence[tuple[int, int, int]] = (),
+        delivery: int = 0,
+        after_s: float = 0,
+    ) -> uuid.UUID:
+        payment, refund_id = self.payment, uuid.UUID(self.tx.new_id())
+        await self.tx.one(
+            ADD_REFUND,
+            refund_id,
+            self.order.id,
+            payment.id,
+            payment.provider,
+            key,
+            amount,
+            currency,
+            reason,
+            cause,
+            applied,
+            delivery,
+            channel,
+            reference,
+            requested_by,
+            self.tx.now(),
+        )
+        if lines:
+            await self.tx.one(ADD_REFUND_LINES, refund_id, *map(list, zip(*lines, strict=True)))
+        if currency == payment.currency:
+            payment.reserved += amount
+        owed = (Post(ORDER_RECEIVABLE, applied), Post(REFUNDS_DUE, -applied))
+        self.post("refund_reserved", currency, *owed, refund_id=refund_id)
+        if channel is Channel.ORIGINAL and payment.provider in GATEWAYS and requested_by != AT_GATEWAY:
+            await enqueue(self.tx, "refund", str(refund_id), after_s=after_s)
+        return refund_id
+
+    async def refund_told(self, news: RefundNews, key: str | None) -> None:
+        """Book what a gateway says of a refund: one that we asked for, or one that somebody made elsewhere, of the
+        capture `key`."""
+        rows = [_refund(row) for row in await self.tx.all(REFUNDS_OF, self.payment.id)]
+        if any(news.gateway_refund_id in row.earlier for row in rows):
+            return
+        found = next((row for row in rows if row.gateway_refund_id == news.gateway_refund_id), None)
+        found = found or next(
+            (row for row in rows if str(row.id) == news.refund_id and row.gateway_refund_id is None), None
+        )
+        # gateways give back by themselves what was paid twice: then it has done what we were about to
+        found = found or next(
+            (
+                row
+                for row in rows
+                if row.gateway_refund_id is None
+                and row.channel is Channel.ORIGINAL
+                and row.status in (RefundStatus.PENDING, RefundStatus.PROCESSING)
+                and (row.amount, row.currency) == (news.amount, news.currency)
+                and key in (None, row.capture_key)
+            ),
+            None,
+        )
+        if found is None:
+            if news.report is RefundReport.FAILED or news.currency != self.payment.currency:
+                return
+            (refund_id, *_) = await self.reserve(news.amount, AT_GATEWAY, capture_key=key, requested_by=AT_GATEWAY)
+            rows = [_refund(row) for row in await self.tx.all(REFUNDS_OF, self.payment.id)]
+            found = next(row for row in rows if row.id == refund_id)
+        await self.settle_refund(found, refund_after(found.status, news.report), news.gateway_refund_id, news.failure)
+
+    async def settle_refund(
+        self,
+        row: RefundRow,
+        status: RefundStatus,
+        gateway_refund_id: str | None,
+        failure: Failure | None = None,
+        reference: str | None = None,
+    ) -> None:
+        """Let a refund become `status`, with all that follows for payment, order and ledger."""
+        payment, order, now = self.payment, self.order, self.tx.now()
+        succeeded, was = status is RefundStatus.SUCCEEDED, row.status is RefundStatus.SUCCEEDED
+        await self.tx.one(
+            SET_REFUND,
+            row.id,
+            status,
+            gateway_refund_id or row.gateway_refund_id,
+            _json(failure) if status is RefundStatus.FAILED else None,
+            now if succeeded else None,
+            now,
+            reference,
+        )
+        if succeeded == was:
+            return
+        sign = 1 if succeeded else -1
+        if row.currency == payment.currency:
+            payment.refunded += sign * row.amount
+            payment.reserved -= sign * row.amount
+        order.refunded += sign * row.applied
+        account = money_of(Provider.MANUAL if row.channel is Channel.MANUAL else payment.provider)
+        self.post(
+            "refund" if succeeded else "refund_taken_back",
+            row.currency,
+            Post(REFUNDS_DUE, sign * row.amount),
+            Post(account, -sign * row.amount),
+            refund_id=row.id,
+        )
+        lines = await self.tx.all(REFUND_LINES, order.id, row.id, sign)
+        if succeeded:
+            self._lifecycle.append("payment.refund")
+            if row.cause is not None and payment.attention is _ATTENTION[row.cause]:
+                payment.attention = None
+        if payment.has_completed:
+            self._become(with_refunds(payment.captured, payment.refunded))
+        elif row.cause is Cause.MISMATCH and succeeded:
+            payment.failure = _json(Failure(code="mismatch", message=_REASON[Cause.MISMATCH], retryable=True))
+            self._become(PaymentStatus.FAILED)
+        self.tell_payment(row.cause, [{"lineId": str(x["position"]), "refunded": x["refunded"]} for x in lines])
+
+    # money that the payer's bank holds back
+
+    async def dispute(self, news: DisputeNews) -> None:
+        """Book a dispute. What is lost stays on the account of disputes."""
+        payment = self.payment
+        known = await self.tx.one(DISPUTE, payment.provider, news.gateway_dispute_id)
+        was = DisputeReport(known["status"]) if known is not None else None
+        if was in (DisputeReport.WON, DisputeReport.LOST) or was is news.report:
+            return  # it has ended, or this is a repeat
+        amount, currency = (known["amount"], known["currency"]) if known is not None else (news.amount, news.currency)
+        held = (was is not None, news.report is not DisputeReport.WON)
+        if held[0] != held[1]:
+            sign = 1 if held[1] else -1
+            if currency == payment.currency:
+                payment.disputed += sign * amount
+            self.post(
+                "dispute", currency, Post(DISPUTES, sign * amount), Post(money_of(payment.provider), -sign * amount)
+            )
+        if news.report is DisputeReport.OPEN:
+            payment.attention = Attention.DISPUTE
+        elif payment.attention is Attention.DISPUTE:
+            payment.attention = None
+        await self.tx.one(
+            SET_DISPUTE,
+            payment.provider,
+            news.gateway_dispute_id,
+            payment.id,
+            news.report,
+            amount,
+            currency,
+            self.tx.now(),
+        )
+
+    # what is written
+
+    def post(self, kind: str, currency: str, *posts: Post, refund_id: uuid.UUID | None = None) -> None:
+        """Add an entry to the ledger. Raises ValueError: it does not balance."""
+        rows = balanced(*posts)
+        if rows:
+            self._entries.append(_Entry(kind, currency, rows, refund_id))
+
+    def move(self, status: Status, note: str | None = None) -> None:
+        """Let the order become `status`, and tell it."""
+        order = self.order
+        previous = Status.CANCELLED if order.expired_at is not None and status is Status.CONFIRMED else order.status
+        body: dict[str, Any] = {"status": status, "previousStatus": previous}
+        if note is not None:
+            body["note"] = note
+        if status is Status.CONFIRMED:
+            order.expired_at = None
+        order.status, order.status_reason = status, note
+        self._events.append((Type.STATUS, body))
+
+    def tell_payment(self, reason: str | None = None, lines: Sequence[dict[str, Any]] = ()) -> None:
+        """Tell the room what the payment is now, and what the order's sums are."""
+        payment, order = self.payment, self.order
+        body: dict[str, Any] = {
+            "paymentId": str(payment.id),
+            "status": payment.status,
+            "amount": payment.amount,
+            "currency": payment.currency,
+            "provider": payment.provider,
+            "refunded": payment.refunded,
+        }
+        if reason is not None:
+            body["reason"] = reason
+        # an order that is revived is told as confirmed by the next event: until then it is what it was
+        shown = order.summary()
+        if order.status is Status.PENDING and order.expired_at is not None:
+            shown.due = 0
+        body["payment"] = shown
+        if lines:
+            body["lines"] = list(lines)
+        if order.status is Status.PENDING and order.expires_at is not None and order.expired_at is None:
+            body["expiresAt"] = rfc3339(order.expires_at)
+        self._events.append((Type.PAYMENT, body))
+
+    async def close(
+        self, source: Source, kind: str, detail: object, *, actor: Actor | None = None, note: str | None = None
+    ) -> Settled:
+        """Write everything. `kind` and `detail` (what JSON can hold) are kept in the payment's history."""
+        payment, now = self.payment, self.tx.now()
+        payment.updated_at = now
+        if self._is_new:
+            await self.tx.one(INSERT_PAYMENT, *(getattr(payment, name) for name in _COLUMNS))
+        else:
+            await self.tx.one(UPDATE_PAYMENT, payment.id, *(getattr(payment, name) for name in _MUTABLE))
+        await self.write_order()
+        await self._write_ledger(note)
+        if self._lifecycle:
+            shown = _json(view(payment))
+            await self.tx.one(WRITE_LIFECYCLE, now, self.order.id, payment.id, shown, self._lifecycle)
+        await self.tx.one(
+            WRITE_INPUT,
+            payment.id,
+            now,
+            source,
+            actor.who if actor is not None else None,
+            kind,
+            self._before,
+            payment.status,
+            _json(detail),
+        )
+        return Settled(str(payment.id), self.order_id, self._before or payment.status, payment.status)
+
+    async def write_order(self) -> None:
+        """Write the order and its events alone: for verbs that change no payment."""
+        order, now = self.order, self.tx.now()
+        if not self._events:
+            return
+        first = order.seq + 1
+        order.seq += len(self._events)
+        seqs = list(range(first, order.seq + 1))
+        bodies = [msgspec.json.encode(body).decode() for _, body in self._events]
+        types = [type_ for type_, _ in self._events]
+        await self.tx.one(
+            WRITE_ORDER,
+            order.id,
+            order.status,
+            order.paid,
+            order.refunded,
+            order.paying,
+            order.seq,
+            order.expires_at,
+            order.expired_at,
+            order.status_reason,
+            order.payment_method,
+            now,
+        )
+        await self.tx.one(WRITE_EVENTS, order.id, now, seqs, types, bodies)
+        told: list[Event] = [
+            event(self.order_id, seq, type_, now, body) for seq, type_, body in zip(seqs, types, bodies, strict=True)
+        ]
+        self.tx.tell(self.order_id, told)
+        self._events = []
+
+    async def _write_ledger(self, note: str | None) -> None:
+        if not self._entries:
+            return
+        rows = [
+            (entry_id, entry.kind, post.account, entry.currency, post.amount, entry.refund_id)
+            for entry in self._entries
+            for entry_id in [uuid.UUID(self.tx.new_id())]
+            for post in entry.posts
+        ]
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        await self.tx.one(WRITE_LEDGER, self.tx.now(), self.order.id, self.payment.id, note, *columns)
+
+
+_ATTENTION = {
+    Cause.LATE: Attention.LATE,
+    Cause.DUPLICATE: Attention.DUPLICATE,
+    Cause.MISMATCH: Attention.MISMATCH,
+}
+_REASON = {
+    Cause.LATE: "The money came after the order was cancelled.",
+    Cause.DUPLICATE: "More money came than was due.",
+    Cause.MISMATCH: "The amount or the currency is not the one that was asked for.",
+}
+
+
+# the verbs
+
+
+PAYMENT_OF = """
+select coalesce(
+    (select id from payments where provider = $1 and gateway_order_id = $2),
+    (select payment_id from captures where provider = $1 and key = $3),
+    (select id from payments where provider = $1 and gateway_payment_id = $3 limit 1),
+    (select payment_id from refunds where provider = $1 and gateway_refund_id = any ($4::text[]) limit 1),
+    (select payment_id from disputes where provider = $1 and gateway_dispute_id = any ($5::text[]) limit 1)
+) as id"""
+
+
+async def settle(
+    tx: Tx, news: News, source: Source, house: House, *, actor: Actor | None = None, payment_id: str | None = None
+) -> Settled:
+    """Book what a gateway says of a payment: once, whatever is repeated, late or out of order.
+
+    `payment_id`: whose news it is, where the asker knows it; else the gateway's names tell.
+
+    Raises:
+        UnknownPayment: it speaks of a payment that we do not know.
+    """
+    tx.atomically()
+    if payment_id is None:
+        payment_id = await _payment_of(tx, news)
+    book = await open_book(tx, payment_id)
+    if news.gateway_order_id is not None and book.payment.gateway_order_id not in (None, news.gateway_order_id):
+        raise UnknownPayment(f"{news.provider} speaks of {news.gateway_order_id}, which is not this payment")
+    await book.learn(news)
+    key = _capture_key(news)
+    if news.report is Report.CAPTURED:
+        assert key is not None, "a capture names its money"
+        await book.capture(key, news.amount, news.currency, news.fee, house)
+    elif news.report is not None:
+        book.report(news, house.terms)
+    for dispute in news.disputes:
+        await book.dispute(dispute)
+    for refund in news.refunds:
+        await book.refund_told(refund, key)
+    return await book.close(source, news.report or "news", news, actor=actor)
+
+
+async def _payment_of(tx: Tx, news: News) -> str:
+    row = await tx.one(
+        PAYMENT_OF,
+        news.provider,
+        news.gateway_order_id,
+        news.gateway_payment_id,
+        [one.gateway_refund_id for one in news.refunds],
+        [one.gateway_dispute_id for one in news.disputes],
+    )
+    if row is None or row["id"] is None:
+        raise UnknownPayment(f"{news.provider} speaks of {news.gateway_order_id or news.gateway_payment_id}")
+    return str(row["id"])
+
+
+def _capture_key(news: News) -> str | None:
+    """Which money the news is about: Razorpay's payment, or Stripe's intent, which succeeds once."""
+    return news.gateway_order_id if news.provider is Provider.STRIPE else news.gateway_payment_id
+
+
+async def tell_refund(
+    tx: Tx, refund_id: str, news: RefundNews, source: Source, *, actor: Actor | None = None
+) -> Settled:
+    """Book what became of a refund that we asked for.
+
+    Raises:
+        NotFound.
+    """
+    tx.atomically()
+    book, row = await open_refund(tx, refund_id)
+    if news.gateway_refund_id not in row.earlier:
+        await book.settle_refund(row, refund_after(row.status, news.report), news.gateway_refund_id, news.failure)
+    return await book.close(source, f"refund.{news.report}", news, actor=actor)
+
+
+REFUND = f"select {REFUND_COLUMNS} from refunds where id = $1"
+
+
+async def open_refund(tx: Tx, refund_id: str) -> tuple[Book, RefundRow]:
+    """Lock the order of a refund, and read the refund and its payment.
+
+    Raises:
+        NotFound.
+    """
+    first = await tx.one(REFUND, uuid.UUID(refund_id))
+    if first is None:
+        raise NotFound("There is no such refund.")
+    book = await open_book(tx, str(first["payment_id"]))
+    row = await tx.one(REFUND, uuid.UUID(refund_id))  # again, now that nobody else may change it
+    assert row is not None
+    return book, _refund(row)
+
+
+def _refund(row: Row) -> RefundRow:
+    names = RefundRow.__struct_fields__
+    return msgspec.convert({name: row[name] for name in names}, RefundRow, builtin_types=(uuid.UUID, dt.datetime))
+
+
+PAYMENTS_OF_ORDER = "select id, provider, status from payments where order_id = $1 order by created_at, id"
+
+
+async def return_money(tx: Tx, order_id: str, reason: str, *, actor: Actor | None = None) -> None:
+    """What a cancelled order does to its money: what came goes back, and nobody may pay it any more. Call it in the
+    transaction of the cancel.
+
+    Cash goes back by hand: its refund waits for staff among the refunds due.
+    """
+    for row in await tx.all(PAYMENTS_OF_ORDER, uuid.UUID(order_id)):
+        if row["status"] in OPEN and row["provider"] in GATEWAYS:
+            await enqueue(tx, "cancel_payment", str(row["id"]))
+        book = await open_book(tx, str(row["id"]))
+        refundable = book.payment.money.refundable
+        if refundable:
+            await book.reserve(refundable, reason, requested_by=actor.who if actor is not None else None)
+            source = Source.STAFF if actor is not None else Source.SYSTEM
+            await book.close(source, "refund.reserved", {"amount": refundable, "reason": reason}, actor=actor)
+
+
+async def expire_order(tx: Tx, order_id: str) -> bool:
+    """Cancel an order whose money did not come in time; whether it was. What came in part goes back.
+
+    Raises:
+        NotFound.
+    """
+    tx.atomically()
+    book = await open_order(tx, order_id)
+    order = book.order
+    if not order.waits or order.expires_at is None or order.expires_at > tx.now():
+        return False
+    order.expired_at = tx.now()
+    book.move(Status.CANCELLED, EXPIRED)
+    await book.write_order()
+    await return_money(tx, order_id, EXPIRED)
+    return True
+
+
+def _json(value: object) -> str | None:
+    return None if value is None else msgspec.json.encode(value).decode()

@@ -353,7 +353,7 @@ class Order(View):
             raise OrderClosed(f"The order is {self.status}; nobody can be assigned any more.")
 
     def check_payment_method(self, actor: Actor, method: PaymentMethod) -> None:
-        """Refuse that the order is paid in this way from now on, or return. Whether somebody pays now is not judged here.
+        """Refuse that the order is paid in this way from now on, or return. Nobody looks here whether it is being paid.
 
         Raises:
             OrderClosed: it is in a final status, something was paid, or its customer comes after it was confirmed.

@@ -17,7 +17,7 @@ PRODUCTION = {
     "DATABASE_URL": "postgresql://db/waybill",
     "REDIS_URL": "rediss://cache/0",
 }
-UNITS = ("_bytes", "_s", "_ms", "_max", "_size", "_m", "_mps", "_per_min")
+UNITS = ("_minor", "_bytes", "_s", "_ms", "_max", "_size", "_m", "_mps", "_per_min")
 
 
 def sentence(environ: dict[str, str], dotenv: Path | None = None) -> str:

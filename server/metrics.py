@@ -64,6 +64,18 @@ database_up = Gauge("waybill_database_up", "1 while Postgres answers.")
 db_connections = Gauge("waybill_db_connections", "Connections of this process to Postgres.", ["state"])
 db_pool_size = Gauge("waybill_db_pool_size", "The most connections to Postgres that this process opens.")
 ready = Gauge("waybill_ready", "1 while /health/ready answers 200.")
+gateway_open = Gauge(
+    "waybill_gateway_breaker_open", "1 while a payment gateway is not offered because it did not answer.", ["provider"]
+)
+gateway_calls = Counter(
+    "waybill_gateway_calls_total", "Questions to payment gateways.", ["provider", "operation", "outcome"]
+)
+gateway_call_seconds = Histogram(
+    "waybill_gateway_call_seconds",
+    "Time from a question to its answer, or to giving up.",
+    ["provider", "operation"],
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
 loop_lag_seconds = Histogram(
     "waybill_loop_lag_seconds",
     "How much later than asked the event loop comes round; while it lags, everything waits.",

@@ -26,7 +26,9 @@ DEFAULT_JWT_SECRET = "waybill-development-secret-never-use-in-production"
 SECRET_BYTES_MIN = 32
 """RFC 7518 section 3.2: an HS256 key is at least as long as its hash."""
 
-SECRETS = frozenset({"jwt_secret", "database_url", "redis_url", "metrics_token"})
+SECRETS = frozenset(
+    {"jwt_secret", "database_url", "redis_url", "metrics_token", "razorpay_key_secret", "razorpay_webhook_secret"}
+)
 """Settings whose value is never printed or logged."""
 
 Bytes = Annotated[int, Meta(ge=256, le=64 * 1024 * 1024)]
@@ -115,6 +117,28 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Milliseconds, Meta(description="longest time over which they leave; when they are many, more leave at once")
     ] = 5000
     idempotency_keep_s: Annotated[Seconds, Meta(description="life of an Idempotency-Key")] = 7 * 24 * 3600
+
+    razorpay_key_id: Annotated[
+        str, Meta(description="rzp_test_… or rzp_live_…; with none of Razorpay's keys, development runs its simulator")
+    ] = ""
+    razorpay_key_secret: Annotated[str, Meta(description="what belongs to it")] = ""
+    razorpay_webhook_secret: Annotated[
+        str,
+        Meta(
+            description="what Razorpay signs webhooks with; while it is changed several, comma-separated, newest first"
+        ),
+    ] = ""
+    razorpay_api_url: Annotated[str, Meta(description="empty: https://api.razorpay.com")] = ""
+    gateway_timeout_ms: Annotated[
+        Milliseconds, Meta(description="time limit of one question to a payment gateway, all its requests together")
+    ] = 10_000
+    gateway_threads_max: Annotated[Count, Meta(description="most questions to Razorpay at once, per process")] = 8
+    breaker_failures_max: Annotated[
+        Count, Meta(description="unanswered questions in a row after which a gateway is not offered any more")
+    ] = 5
+    breaker_open_s: Annotated[
+        Seconds, Meta(description="how long it is left alone; then one question goes through")
+    ] = 5
 
     cors_origins: Annotated[
         str, Meta(description="origins whose pages may call this server, comma-separated, or *; empty: its own only")
@@ -352,6 +376,11 @@ def origins(text: str) -> frozenset[str]:
     return frozenset(one.lower() for one in found)
 
 
+def secrets_of(text: str) -> tuple[str, ...]:
+    """The secrets of a `*_WEBHOOK_SECRET`, in its order: newest first."""
+    return tuple(filter(None, map(str.strip, text.split(","))))
+
+
 def load(environ: Mapping[str, str], dotenv: Path | None = None) -> Settings:
     """Read the settings from `environ`, and in development from a `.env` file for names that `environ` lacks.
 
@@ -478,6 +507,23 @@ def _check_relations(s: Settings) -> None:
             "PRESENCE_ALIVE_S must be three times PRESENCE_FLUSH_MS or more, or the counts of a living instance vanish",
         ),
         (s.payment_window_s <= s.hold_max_s, "PAYMENT_WINDOW_S must not be more than HOLD_MAX_S"),
+        (
+            s.gateway_timeout_ms + 2 * s.db_timeout_ms < s.request_timeout_ms,
+            "GATEWAY_TIMEOUT_MS + twice DB_TIMEOUT_MS must be less than REQUEST_TIMEOUT_MS: a payment is written, "
+            "asked for, and written again",
+        ),
+        (
+            len({bool(v) for v in (s.razorpay_key_id, s.razorpay_key_secret, s.razorpay_webhook_secret)}) == 1,
+            "RAZORPAY_KEY_ID, RAZORPAY_KEY_SECRET and RAZORPAY_WEBHOOK_SECRET belong together: set all of them or none",
+        ),
+        (
+            not s.razorpay_webhook_secret or bool(secrets_of(s.razorpay_webhook_secret)),
+            "RAZORPAY_WEBHOOK_SECRET must hold a secret: without one nobody can tell who sends webhooks",
+        ),
+        (
+            urlsplit(s.razorpay_api_url).scheme in ("", "http", "https"),
+            "RAZORPAY_API_URL must start with http:// or https://",
+        ),
         (s.slow_bytes < s.queue_max_bytes, "SLOW_BYTES must be less than QUEUE_MAX_BYTES"),
         (
             s.token_max_bytes + s.recovery_offset_max_bytes < s.frame_max_bytes,

@@ -1,0 +1,1 @@
+"""What fulfils the ports of `handlers/ports.py` against the world outside."""

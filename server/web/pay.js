@@ -216,7 +216,7 @@
   function goTo(url, returnUrl) {
     const there = new URL(url, location.href);
     if (!["http:", "https:"].includes(there.protocol)) throw new Refused(0, { detail: "This gateway cannot be opened." });
-    there.searchParams.set("return_url", returnUrl);
+    there.searchParams.set("returnUrl", returnUrl);
     location.assign(there);
     return new Promise(() => {}); // this page is left
   }

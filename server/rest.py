@@ -141,6 +141,9 @@ class Rest:
         self.public_url = settings.public_url
         """What links start with; the process fills it in when it knows its port."""
         self._place = Verb("place", partial(orders.place, expiry_s=settings.payment_expiry_s), status=201)
+        self._change_payment_method = Verb(
+            "change_payment_method", partial(orders.change_payment_method, expiry_s=settings.payment_expiry_s)
+        )
         self._create_link = {
             scope: Verb(name, partial(self._new_link, scope), status=201)
             for scope, name in ((Scope.TRACK, "create_tracking_link"), (Scope.PAY, "create_payment_link"))
@@ -160,8 +163,13 @@ class Rest:
             ttl_max_s=self._settings.link_ttl_max_s,
         )
 
+    # what needs a setting
+
     async def place(self, call: Call) -> web.Response:
         return written(await self.perform(call, self._place))
+
+    async def change_payment_method(self, call: Call) -> web.Response:
+        return written(await self.perform(call, self._change_payment_method))
 
     # reads
 
@@ -548,6 +556,16 @@ ROUTES = [
         Order,
         200,
         (Forbidden, NotFound, IllegalMove, Conflict),
+    ),
+    Route(
+        "POST",
+        "/orders/{order_id}/payment-method",
+        Rest.change_payment_method,
+        "Let it be paid in another way",
+        orders.ChangePaymentMethod,
+        Order,
+        200,
+        (Forbidden, NotFound, OrderClosed, PaymentInProgress, Conflict),
     ),
     Route(
         "POST",

@@ -54,7 +54,16 @@ from models.position import Position
 from models.user import Actor, Role, Scope
 from server import csv_export, metrics
 from server.auth import Authenticator, bearer, secret_digest
-from server.books import Books
+from server.books import (
+    HAND_OVER,
+    Books,
+    agent_cash,
+    analytics,
+    daily_stats,
+    list_audit,
+    take_cash,
+    trial_balance,
+)
 from server.doors import Answer, Doors, Verb, convert, decode
 from server.edges import CALLER
 from server.limits import Limits
@@ -136,7 +145,7 @@ class Rest:
         self._webhook_door = webhook_door
         self.payments = payments
         self._on_revoked = on_revoked
-        self._books = Books(settings)
+        self.books = Books(settings, doors, payments.desk)
         self._takes_requests = takes_requests
         self.public_url = settings.public_url
         """What links start with; the process fills it in when it knows its port."""
@@ -238,33 +247,6 @@ class Rest:
         async with self._doors.database.statement() as tx:
             await tracking.permit_count(tx, call.actor, call.order_id)
         return answer(Watchers(await self._presence.watchers(call.order_id)))
-
-    # cash and reports
-
-    async def take_cash(self, call: Call) -> web.Response:
-        given = await self.perform(call, self._books.take_cash)
-        return web.Response(status=given.status, body=given.body, content_type="application/json")
-
-    async def agent_cash(self, call: Call) -> web.Response:
-        agent_id = call.request.match_info["agent_id"]
-        async with self._doors.database.statement() as tx:
-            return answer(await cash.read_agent_cash(tx, call.actor, agent_id, call.command))
-
-    async def daily_stats(self, call: Call) -> web.Response:
-        async with self._doors.database.statement() as tx:
-            return answer(await reports.daily_stats(tx, call.actor, call.command, self._books.calendar))
-
-    async def analytics(self, call: Call) -> web.Response:
-        async with self._doors.database.statement() as tx:
-            return answer(await reports.analytics(tx, call.actor, call.command, self._books.calendar))
-
-    async def trial_balance(self, call: Call) -> web.Response:
-        async with self._doors.database.statement() as tx:
-            return answer(await reports.trial_balance(tx, call.actor, call.command))
-
-    async def list_audit(self, call: Call) -> web.Response:
-        async with self._doors.database.statement() as tx:
-            return answer(await audit.list_audit(tx, call.actor, call.command))
 
     # links and tokens
 
@@ -490,7 +472,6 @@ RETRY_JOB = Verb("retry_job", jobs.retry_job)
 DISMISS_JOB = Verb("dismiss_job", jobs.dismiss_job)
 RETRY_WEBHOOK = Verb("retry_webhook", webhooks.retry_webhook)
 DISMISS_WEBHOOK = Verb("dismiss_webhook", webhooks.dismiss_webhook)
-HAND_OVER = Verb("hand_over", cash.hand_over, status=201)
 
 ROUTES = [
     Route("POST", "/orders", Rest.place, "Place an order", orders.Place, Order, 201, (Forbidden, Conflict)),
@@ -730,7 +711,7 @@ ROUTES = [
     Route(
         "POST",
         "/payments/cash",
-        Rest.take_cash,
+        take_cash,
         "Confirm cash that was taken for an order",
         cash.TakeCash,
         Payment,
@@ -740,7 +721,7 @@ ROUTES = [
     Route(
         "GET",
         "/payments/stats/daily",
-        Rest.daily_stats,
+        daily_stats,
         "What payments did, per day",
         reports.DailyStats,
         reports.Stats,
@@ -750,7 +731,7 @@ ROUTES = [
     Route(
         "GET",
         "/payments/analytics",
-        Rest.analytics,
+        analytics,
         "What payments did, per day, week or month, by provider, method or status",
         reports.Analytics,
         reports.Stats,
@@ -760,7 +741,7 @@ ROUTES = [
     Route(
         "GET",
         "/cash/agents/{agent_id}",
-        Rest.agent_cash,
+        agent_cash,
         "The cash that an agent carries",
         cash.ReadAgentCash,
         cash.AgentCash,
@@ -780,7 +761,7 @@ ROUTES = [
     Route(
         "GET",
         "/ledger/trial-balance",
-        Rest.trial_balance,
+        trial_balance,
         "The balance of every account of the ledger",
         reports.ReadTrialBalance,
         reports.TrialBalance,
@@ -790,7 +771,7 @@ ROUTES = [
     Route(
         "GET",
         "/audit",
-        Rest.list_audit,
+        list_audit,
         "What staff and services did, newest first",
         audit.ListAudit,
         audit.AuditPage,

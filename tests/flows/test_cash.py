@@ -1,4 +1,4 @@
-"""Cash through the real door: taken at the table and at the door, told to the room, handed over, and read in reports."""
+"""Cash through the real door: taken at the table and at the door, told to the room, handed over and reported."""
 
 from __future__ import annotations
 

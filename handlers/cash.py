@@ -198,7 +198,7 @@ async def read_agent_cash(tx: Tx, actor: Actor, agent_id: str, cmd: ReadAgentCas
     """
     require_role(actor, STAFF | {Role.AGENT}, "see the cash of agents")
     require_all_orders(actor, "see the cash of agents")
-    if actor.role is Role.AGENT and actor.sub != agent_id:
+    if (actor.role is Role.AGENT and actor.sub != agent_id) or "\0" in agent_id:
         raise NotFound("There is no such agent.")
     currency = None if isinstance(cmd.currency, UnsetType) else check_currency(cmd.currency)
     before = None if isinstance(cmd.cursor, UnsetType) else int(cmd.cursor)

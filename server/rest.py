@@ -99,6 +99,9 @@ RETRY_AFTER_MS = 1000
 UUID = "[0-9a-f-]{36}"
 """How ids look in a path. /orders/quote is no order: it has another method, and says so."""
 
+IN_PATH = {"job_id": "[0-9]{1,19}", "agent_id": "[^/]+"}
+"""How those look that are no UUIDs."""
+
 INTEGER = re.compile(r"-?[0-9]{1,20}")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 
@@ -911,8 +914,7 @@ ROUTES += PAYMENT_ROUTES
 
 def add_routes(app: web.Application, rest: Rest) -> None:
     for route in ROUTES:
-        path = route.path.replace("{job_id}", "{job_id:[0-9]{1,19}}")
-        path = API + re.sub(r"\{(\w+_id)\}", rf"{{\1:{UUID}}}", path)
+        path = API + re.sub(r"\{(\w+)\}", lambda name: f"{{{name[1]}:{IN_PATH.get(name[1], UUID)}}}", route.path)
         app.router.add_route(route.method, path, _bound(route, rest))
 
 

@@ -8,8 +8,10 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
 import asyncpg
 import pytest
+from yarl import URL
 
 from server.embedded import DataServers
 from tests.harness import SERVICE, Fleet, Instance, Reply, Watcher, token
@@ -192,6 +194,15 @@ async def test_a_cancelled_order_takes_no_cash(pair: tuple[Instance, Instance]) 
 )
 async def test_bad_questions_are_invalid(pair: tuple[Instance, Instance], path: str) -> None:
     refusal(await pair[0].get(path, by=ADMIN), 422, "invalid")
+
+
+@pytest.mark.parametrize("agent_id", ["%00", "%ED%A0%80", "%2F", "%F0%9F%9A%B2", "x" * 2000, "a%20b", "..%2Fa1"])
+async def test_any_name_may_be_asked_for(pair: tuple[Instance, Instance], agent_id: str) -> None:
+    async with aiohttp.ClientSession() as session:
+        address = URL(f"{pair[0].url}/api/v1/cash/agents/{agent_id}", encoded=True)
+        async with session.get(address, headers={"Authorization": f"Bearer {STAFF}"}) as reply:
+            said = await reply.json(content_type=None)
+    assert (reply.status, said.get("balance")) in ((200, 0), (404, None))
 
 
 async def test_a_house_may_take_parts_and_count_its_own_days(fleet: Fleet) -> None:

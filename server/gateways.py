@@ -25,9 +25,9 @@ from server.adapters.breaker import Breaker
 from server.adapters.razorpay import API_URL as RAZORPAY_URL
 from server.adapters.razorpay import Razorpay
 from server.adapters.sandbox.razorpay import RazorpaySandbox
-from server.adapters.sandbox.stripe import StripeSimulator
-from server.adapters.stripe import DEFAULT_URL as STRIPE_URL
-from server.adapters.stripe import Account, Stripe
+from server.adapters.sandbox.stripe import StripeSandbox
+from server.adapters.stripe import API_URL as STRIPE_URL
+from server.adapters.stripe import Stripe
 from server.settings import CannotStart, Settings, secrets_of
 
 log = structlog.get_logger()
@@ -112,19 +112,16 @@ class GatewayRoom:
                 api_url=access.url,
                 sandbox_url=access.url if access.simulated else None,
             )
-        account = Account(
+        return Stripe(
             secret_key=access.secret_key,
             publishable_key=access.public_key,
             webhook_secrets=access.webhook_secrets,
-            api_url=access.url,
-            checkout_url=f"{access.url}/checkout" if access.simulated else "",
-        )
-        return Stripe(
-            account,
-            breaker,
-            timeout_ms=settings.gateway_timeout_ms,
+            breaker=breaker,
+            timeout_s=settings.gateway_timeout_ms / 1000,
             tolerance_s=settings.stripe_signature_max_age_s,
-            now=self._now,
+            api_url=access.url,
+            sandbox_url=access.url if access.simulated else None,
+            clock=lambda: self._now().timestamp(),
         )
 
     async def stop(self) -> None:
@@ -142,7 +139,7 @@ class Simulators:
         self._folder, self._now = folder, now
         self._where = folder / "accounts.json"
         self._lock: IO[str] | None = None
-        self._running: list[RazorpaySandbox | StripeSimulator] = []
+        self._running: list[RazorpaySandbox | StripeSandbox] = []
 
     async def open(self, providers: list[Provider], webhooks_url: str) -> dict[Provider, Access]:
         """The accounts at the simulators of these providers; started here, unless another process has done so."""
@@ -182,17 +179,14 @@ class Simulators:
             await razorpay.start()
             self._running.append(razorpay)
             return Access(razorpay.url, key_id, key_secret, (webhook_secret,), simulated=True)
-        stripe = StripeSimulator(
-            self._now,
-            secret_key=f"sk_test_{secrets.token_hex(16)}",
-            publishable_key="pk_test_simulator",
-            webhook_url=url,
-            file=file,
+        secret_key, public_key = f"sk_test_{secrets.token_hex(16)}", "pk_test_simulator"
+        webhook_secret = f"whsec_{secrets.token_hex(16)}"
+        stripe = StripeSandbox(
+            secret_key, public_key, webhook_secret, url, clock=lambda: self._now().timestamp(), file=file
         )
         await stripe.start()
         self._running.append(stripe)
-        known = (stripe.next_webhook_secret, *stripe.webhook_secrets)
-        return Access(stripe.url, stripe.publishable_key, stripe.secret_key, known, simulated=True)
+        return Access(stripe.url, public_key, secret_key, (webhook_secret,), simulated=True)
 
     async def close(self) -> None:
         for simulator in self._running:

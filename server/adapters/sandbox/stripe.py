@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import json
 import re
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -292,9 +291,13 @@ class StripeSandbox:
         return self._acted(lambda: self.books.close_dispute(named["dispute"], named["status"]))
 
     async def _roll(self, request: web.Request) -> web.Response:
-        secret = f"whsec_{secrets.token_hex(16)}"
-        self.roll_secret(secret)
-        return web.json_response({"secret": secret})
+        """Sign with another secret too; body `{secret}`. The empty secret ends the old ones."""
+        secret = str((await request.json())["secret"])
+        if secret:
+            self.roll_secret(secret)
+        else:
+            self.end_roll()
+        return web.json_response({})
 
     def _acted(self, act: Callable[[], Object]) -> web.Response:
         try:

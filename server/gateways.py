@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime as dt
 import os
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -72,9 +70,9 @@ class GatewayRoom:
     """The gateways of one process. `simulates`: whether it runs simulators for providers without keys. `gateways` is
     filled by `start`, inside the running loop."""
 
-    def __init__(self, settings: Settings, now: Callable[[], dt.datetime], *, simulates: bool) -> None:
+    def __init__(self, settings: Settings, *, simulates: bool) -> None:
         self.gateways: dict[Provider, Gateway] = {}
-        self._settings, self._now = settings, now
+        self._settings = settings
         self._simulates = simulates and not settings.production
         self._adapters: list[Razorpay | Stripe] = []
         self._simulators: Simulators | None = None
@@ -88,7 +86,7 @@ class GatewayRoom:
         accounts = set_up(self._settings)
         missing = [provider for provider in (Provider.RAZORPAY, Provider.STRIPE) if provider not in accounts]
         if missing and self._simulates:
-            self._simulators = Simulators(Path(self._settings.data_dir) / "sandbox", self._now)
+            self._simulators = Simulators(Path(self._settings.data_dir) / "sandbox")
             try:
                 accounts |= await self._simulators.open(missing, webhooks_url)
             except OSError as error:
@@ -121,7 +119,6 @@ class GatewayRoom:
             tolerance_s=settings.stripe_signature_max_age_s,
             api_url=access.url,
             sandbox_url=access.url if access.simulated else None,
-            clock=lambda: self._now().timestamp(),
         )
 
     async def stop(self) -> None:
@@ -135,8 +132,8 @@ class GatewayRoom:
 class Simulators:
     """The simulators of a folder: run by whoever holds its lock, used by everybody who reads where they are."""
 
-    def __init__(self, folder: Path, now: Callable[[], dt.datetime]) -> None:
-        self._folder, self._now = folder, now
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._where = folder / "accounts.json"
         self._lock: IO[str] | None = None
         self._running: list[RazorpaySandbox | StripeSandbox] = []
@@ -171,22 +168,18 @@ class Simulators:
         return {provider: access for provider, access in found.items() if provider in providers}
 
     async def _run(self, provider: Provider, webhooks_url: str) -> Access:
-        url = f"{webhooks_url}/{provider}"
-        file = self._folder / f"{provider}.json"
+        url, file = f"{webhooks_url}/{provider}", self._folder / f"{provider}.json"
+        secret, webhook_secret = secrets.token_hex(16), secrets.token_hex(16)
+        simulator: RazorpaySandbox | StripeSandbox
         if provider is Provider.RAZORPAY:
-            key_id, key_secret, webhook_secret = "rzp_test_simulator", secrets.token_hex(16), secrets.token_hex(16)
-            razorpay = RazorpaySandbox(key_id, key_secret, webhook_secret, url, file=file)
-            await razorpay.start()
-            self._running.append(razorpay)
-            return Access(razorpay.url, key_id, key_secret, (webhook_secret,), simulated=True)
-        secret_key, public_key = f"sk_test_{secrets.token_hex(16)}", "pk_test_simulator"
-        webhook_secret = f"whsec_{secrets.token_hex(16)}"
-        stripe = StripeSandbox(
-            secret_key, public_key, webhook_secret, url, clock=lambda: self._now().timestamp(), file=file
-        )
-        await stripe.start()
-        self._running.append(stripe)
-        return Access(stripe.url, public_key, secret_key, (webhook_secret,), simulated=True)
+            public = "rzp_test_simulator"
+            simulator = RazorpaySandbox(public, secret, webhook_secret, url, file=file)
+        else:
+            public, secret = "pk_test_simulator", f"sk_test_{secret}"
+            simulator = StripeSandbox(secret, public, webhook_secret, url, file=file)
+        await simulator.start()
+        self._running.append(simulator)
+        return Access(simulator.url, public, secret, (webhook_secret,), simulated=True)
 
     async def close(self) -> None:
         for simulator in self._running:

@@ -355,7 +355,7 @@ class Books:
         self._tell("payment.captured", payment, base_amount=payment.amount)
         if first:
             body = _order_body(order) | {"description": None, "checkout": None}
-            paid = _payment_body(payment) | {"reward": None}
+            paid = _payment_body(payment, reward=None)
             self._emit("order.paid", {"payment": paid, "order": body})
         elif self._mischief.duplicates_refunded:
             self._refund(payment, {})
@@ -396,11 +396,12 @@ class Books:
 
     def _tell(self, kind: str, payment: SimPayment, **more: object) -> None:
         reward = {} if kind == "payment.authorized" else {"reward": None}
-        self._emit(kind, {"payment": _payment_body(payment) | reward | more})
+        self._emit(kind, {"payment": _payment_body(payment, **reward) | more})
 
     def _tell_refund(self, kind: str, refund: SimRefund) -> None:
         payment = self._find_payment(refund.payment_id)
-        self._emit(kind, {"refund": refund_body(refund), "payment": _payment_body(payment) | _MORE_OF_REFUNDED})
+        body = _payment_body(payment, base_amount=payment.amount) | _MORE_OF_REFUNDED
+        self._emit(kind, {"refund": refund_body(refund), "payment": body})
 
     def _tell_dispute(self, kind: str, dispute: SimDispute) -> None:
         payment = self._find_payment(dispute.payment_id)
@@ -484,7 +485,8 @@ def _order_body(order: SimOrder) -> dict[str, Any]:
     }
 
 
-def _payment_body(payment: SimPayment) -> dict[str, Any]:
+def _payment_body(payment: SimPayment, **more: object) -> dict[str, Any]:
+    """`more` stands where Razorpay puts it, before what belongs to the method."""
     how = METHODS[payment.method]
     refunded = {0: None, payment.amount: "full"}.get(payment.amount_refunded, "partial")
     return {
@@ -513,6 +515,7 @@ def _payment_body(payment: SimPayment) -> dict[str, Any]:
         **payment.error,
         "acquirer_data": {},
         "created_at": payment.created_at,
+        **more,
         **({"upi": how["upi"]} if "upi" in how else {}),
     }
 

@@ -34,7 +34,7 @@ RETRIES_S = (3600.0, 4 * 3600.0, 12 * 3600.0)
 """Stripe tries three times more in a sandbox, over hours."""
 ANSWER_LIMIT_S = 10.0
 UNHEARD = frozenset({"payment_intent.created"})
-"""Events that the account's endpoint has not enabled: docs/payments.md names those that it should."""
+"""Events that the account's endpoint has not enabled: they say nothing that we need."""
 KEYS_KEPT_S = 24 * 3600
 """How long an idempotency key is remembered."""
 PAGE = Path(__file__).with_name("stripe_checkout.html")

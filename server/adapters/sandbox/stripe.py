@@ -38,6 +38,8 @@ UNHEARD = frozenset({"payment_intent.created"})
 KEYS_KEPT_S = 24 * 3600
 """How long an idempotency key is remembered."""
 PAGE = Path(__file__).with_name("stripe_checkout.html")
+SAVE_AFTER_S = 0.2
+"""Changes are written to the file together."""
 EVENTS_KEPT = 10_000
 
 THROTTLED = {"error": {"type": "invalid_request_error", "code": "rate_limit", "message": "Too many requests."}}
@@ -80,6 +82,7 @@ class StripeSandbox:
         self._runner: web.AppRunner | None = None
         self._stopping = asyncio.Event()
         self._later: set[asyncio.Task[None]] = set()
+        self._saving: asyncio.TimerHandle | None = None
         state = State()
         if file is not None and file.is_file():
             state = msgspec.json.decode(file.read_bytes(), type=State)
@@ -130,6 +133,9 @@ class StripeSandbox:
         if self._runner is not None:
             await self._runner.cleanup()
         await self.courier.stop()
+        if self._file is not None and self._saving is not None:
+            self._saving.cancel()
+            self._save(self._file)
 
     def roll_secret(self, secret: str) -> None:
         """Sign with a new secret of the endpoint too; until `end_roll` with both."""
@@ -327,12 +333,15 @@ class StripeSandbox:
         return int(self._clock())
 
     def _keep(self) -> None:
-        if self._file is None:
-            return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._file.with_suffix(".new")
+        if self._file is not None and self._saving is None:
+            self._saving = asyncio.get_running_loop().call_later(SAVE_AFTER_S, self._save, self._file)
+
+    def _save(self, file: Path) -> None:
+        self._saving = None
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_suffix(".new")
         fresh.write_bytes(msgspec.json.encode(self.books.state))
-        fresh.replace(self._file)
+        fresh.replace(file)
 
 
 Verb = Callable[[Books, Object, str], Object]

@@ -59,11 +59,20 @@ class Payment(msgspec.Struct):
     order_id: Id | None = None
     method: str | None = None
     fee: Minor | None = None
+    captured: bool | None = None
     amount_refunded: Minor | None = None
     error_code: str | None = None
     error_description: str | None = None
     error_reason: str | None = None
     created_at: Unix = 0
+
+    @property
+    def report(self) -> Report:
+        """What became of it. Who never captures gets no money: after some days Razorpay gives it back to the payer, and
+        calls that `refunded` too. (`captured` says nothing in other statuses: samples have it true beside `failed`.)"""
+        if self.status == "refunded" and self.captured is False:
+            return Report.CANCELLED
+        return REPORTS.get(self.status, Report.UNKNOWN)
 
 
 class Refund(msgspec.Struct):
@@ -144,7 +153,7 @@ DISPUTE_REPORTS = {
 
 def of_payment(payment: Payment, *, fresh: bool = False, refunds: Iterable[RefundNews] = ()) -> News:
     """News of one attempt."""
-    report = REPORTS.get(payment.status, Report.UNKNOWN)
+    report = payment.report
     return News(
         provider=Provider.RAZORPAY,
         gateway_order_id=payment.order_id,
@@ -155,7 +164,7 @@ def of_payment(payment: Payment, *, fresh: bool = False, refunds: Iterable[Refun
         method=_words(payment.method) or None,
         fee=payment.fee if report is Report.CAPTURED else None,
         failure=_failure(payment) if report is Report.FAILED else None,
-        refunds=tuple(refunds),
+        refunds=tuple(refunds) if report is Report.CAPTURED else (),
         fresh=fresh,
     )
 
@@ -174,7 +183,7 @@ def of_order(order: Order, payments: Sequence[Payment], refunds: dict[str, Seque
         return [_of_order(order, Report.PROCESSING)]  # the list of payments is behind
     if not news:
         return [_of_order(order, Report.PENDING)]
-    furthest = [Report.FAILED, Report.UNKNOWN, Report.PROCESSING, Report.AUTHORIZED]
+    furthest = [Report.CANCELLED, Report.FAILED, Report.UNKNOWN, Report.PROCESSING, Report.AUTHORIZED]
     return [max(reversed(news), key=lambda one: furthest.index(one.report or Report.UNKNOWN))]
 
 
@@ -274,9 +283,12 @@ def _beside(
     disputes: tuple[DisputeNews, ...] = (),
 ) -> News:
     """News of refunds or disputes. If the payment that comes with them was captured, that is said as well: the event
-    that says only this may still be under way."""
-    if payment is not None and payment.id == payment_id and REPORTS.get(payment.status) is Report.CAPTURED:
-        return msgspec.structs.replace(of_payment(payment), refunds=refunds, disputes=disputes)
+    that says only this may still be under way. What was never captured has no refund to book."""
+    if payment is not None and payment.id == payment_id:
+        if payment.report is Report.CAPTURED:
+            return msgspec.structs.replace(of_payment(payment), refunds=refunds, disputes=disputes)
+        if payment.report is Report.CANCELLED:
+            return msgspec.structs.replace(of_payment(payment), disputes=disputes)
     return News(
         provider=Provider.RAZORPAY,
         gateway_order_id=payment.order_id if payment is not None and payment.id == payment_id else None,

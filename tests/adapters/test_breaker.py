@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,10 @@ from server.adapters.breaker import Breaker
 AWAY = GatewayAway(Provider.RAZORPAY, "not_reached", "")
 UNKNOWN = GatewayUnknown(Provider.RAZORPAY, "timeout", "")
 REFUSED = GatewayRefused(Provider.RAZORPAY, 400, "BAD_REQUEST_ERROR", "")
+
+
+def value_of(series: Any) -> float:
+    return float(series._value.get())
 
 
 class Bench:
@@ -39,23 +44,22 @@ class Bench:
 
     @property
     def shown_open(self) -> float:
-        return metrics.gateway_open.labels(Provider.RAZORPAY)._value.get()
+        return value_of(metrics.gateway_open.labels(Provider.RAZORPAY))
 
 
 def asked(outcome: str) -> float:
-    return metrics.gateway_calls.labels(Provider.RAZORPAY, "fetch", outcome)._value.get()
+    return value_of(metrics.gateway_calls.labels(Provider.RAZORPAY, "fetch", outcome))
 
 
 @pytest.mark.parametrize("error", [AWAY, UNKNOWN])
 def test_it_opens_after_so_many_failures_in_a_row(error: GatewayFailed) -> None:
     bench = Bench()
     bench.fail(2, error)
-    assert bench.offered
     bench.call()  # one answer, and it counts anew
     bench.fail(2, error)
-    assert bench.offered
+    seen = [bench.offered]
     bench.fail(1, error)
-    assert not bench.offered
+    assert [*seen, bench.offered] == [True, False]
     assert bench.shown_open == 1
 
 
@@ -81,12 +85,12 @@ def test_one_probe_is_let_through_and_closes_it() -> None:
     bench = Bench()
     bench.fail(3)
     bench.now = 5
-    assert bench.offered
+    seen = [bench.offered]
     with bench.breaker.call("fetch"):
-        assert not bench.offered
+        seen.append(bench.offered)
         with pytest.raises(GatewayAway), bench.breaker.call("fetch"):
             pytest.fail("a second probe was let through")
-    assert bench.offered
+    assert [*seen, bench.offered] == [True, False, True]
     assert bench.shown_open == 0
     bench.fail(2)
     assert bench.offered
@@ -106,11 +110,10 @@ def test_a_probe_that_fails_opens_it_for_another_while() -> None:
     bench.fail(3)
     bench.now = 5
     bench.fail(1, UNKNOWN)
-    assert not bench.offered
-    bench.now = 9.9
-    assert not bench.offered
-    bench.now = 10
-    assert bench.offered
+    seen = []
+    for bench.now in (5, 9.9, 10):
+        seen.append(bench.offered)
+    assert seen == [False, False, True]
 
 
 def test_a_probe_that_its_caller_gives_up_leaves_room_for_the_next() -> None:
@@ -132,8 +135,8 @@ def test_calls_from_before_it_opened_do_not_decide() -> None:
     late.__enter__()
     bench.fail(3)
     early.__exit__(None, None, None)
-    assert not bench.offered
+    seen = [bench.offered]
     bench.now = 4
     late.__exit__(GatewayAway, AWAY, None)
     bench.now = 5
-    assert bench.offered
+    assert [*seen, bench.offered] == [False, True]

@@ -429,6 +429,20 @@ async def test_a_cancelled_payment_whose_attempt_is_open_is_not_cancelled(world:
     assert [one.report for one in await world.gateway.cancel(known)] == [Report.CANCELLED]
 
 
+async def test_an_authorization_that_lapsed_brought_no_money(world: RazorpayWorld) -> None:
+    known = await started(world, new_payment(capture=Capture.MANUAL))
+    said = world.sandbox.pay(known.gateway_order_id)
+    world.sandbox.lapse(said["razorpay_payment_id"])
+    assert [(one.report, one.refunds) for one in await fetched(world, known)] == [(Report.CANCELLED, ())]
+    with pytest.raises(GatewayRefused):
+        await world.gateway.capture(known, known.amount, known.currency)
+    for hook in await world.hooks.until(lambda came: len(came) >= 3):
+        kind = world.gateway.receive(hook.body, hook.headers).kind
+        (news,) = world.gateway.read(kind, hook.body)
+        assert news.report is (Report.AUTHORIZED if kind == "payment.authorized" else Report.CANCELLED)
+        assert not news.refunds
+
+
 async def test_the_books_are_read_page_by_page_and_lag(world: RazorpayWorld) -> None:
     start = dt.datetime.now(dt.UTC) - dt.timedelta(minutes=5)
     end = start + dt.timedelta(minutes=10)

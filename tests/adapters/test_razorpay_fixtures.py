@@ -299,13 +299,16 @@ def test_a_signed_body_that_is_no_event_is_stored_and_cannot_be_applied(gateway:
         gateway.read(delivery.kind, body)
 
 
+WRONG: list[Any] = [None, 1.5, "text", "\0", [], {}, True, -1, 2**70]
+
+
 def broken(value: Any) -> Iterator[Any]:
     """The value with one member, at any depth, missing or of another type."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield {key: one for key, one in value.items() if key != name}
-            for other in (None, 1.5, "text", "\0", [], {}, True, -1, 2**70):
-                yield {**value, name: other}
+            for wrong in WRONG:
+                yield {**value, name: wrong}
             yield from ({**value, name: other} for other in broken(inner))
 
 

@@ -307,6 +307,17 @@ class Books:
         self._tell("payment.failed", payment)
         return payment
 
+    def lapse(self, payment_id: str) -> SimPayment:
+        """Nobody captured it in time: the payer gets the money back."""
+        payment = self._find_payment(payment_id)
+        if payment.status != "authorized":
+            raise ApiError("Only an authorized payment can lapse.")
+        refund = self._refunded(payment, payment.amount, {}, "processed")
+        payment.status = "refunded"
+        self._tell_refund("refund.created", refund)
+        self._tell_refund("refund.processed", refund)
+        return payment
+
     def settle_refund(self, refund_id: str, succeeded: bool) -> SimRefund:
         """The bank has carried out a refund, or could not."""
         refund = self._find_refund(refund_id)
@@ -372,6 +383,18 @@ class Books:
         if amount > left:
             raise ApiError("The refund amount provided is greater than amount captured", field="amount")
         fails = amount == FAILING_REFUND or self._mischief.refunds == "failed"
+        pending = fails or self._mischief.refunds == "pending"
+        refund = self._refunded(payment, amount, wanted, "pending" if pending else "processed")
+        payment.status = "refunded" if payment.amount_refunded == payment.amount else "captured"
+        self._tell_refund("refund.created", refund)
+        if fails:
+            self.settle_refund(refund.id, succeeded=False)
+        elif refund.status == "processed":
+            self._tell_refund("refund.processed", refund)
+        return refund
+
+    def _refunded(self, payment: SimPayment, amount: int, wanted: dict[str, Any], status: str) -> SimRefund:
+        """A new refund, in the books of its payment."""
         refund = SimRefund(
             id=self._id("rfnd"),
             payment_id=payment.id,
@@ -381,17 +404,11 @@ class Books:
             receipt=wanted.get("receipt"),
             speed=wanted.get("speed", "normal"),
             created_at=int(self._clock()),
-            status="pending" if fails or self._mischief.refunds == "pending" else "processed",
+            status=status,
         )
         self.state.refunds[refund.id] = refund
         payment.amount_refunded += amount
-        payment.status = "refunded" if payment.amount_refunded == payment.amount else "captured"
         payment.changed_at = self._clock()
-        self._tell_refund("refund.created", refund)
-        if fails:
-            self.settle_refund(refund.id, succeeded=False)
-        elif refund.status == "processed":
-            self._tell_refund("refund.processed", refund)
         return refund
 
     def _tell(self, kind: str, payment: SimPayment, **more: object) -> None:

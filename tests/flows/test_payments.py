@@ -112,6 +112,42 @@ async def becomes(instance: Instance, payment: Body, **members: Any) -> Body:
     return found
 
 
+MONEY = {
+    "orders": "select * from orders where id = any ($1::uuid[])",
+    "events": "select order_id, seq, type, body from order_events where order_id = any ($1::uuid[])",
+    "payments": "select * from payments where order_id = any ($1::uuid[])",
+    "inputs": "select i.* from payment_inputs i join payments p on p.id = i.payment_id where p.order_id = any ($1::uuid[])",
+    "captures": "select c.* from captures c join payments p on p.id = c.payment_id where p.order_id = any ($1::uuid[])",
+    "refunds": "select * from refunds where order_id = any ($1::uuid[])",
+    "ledger": "select * from ledger_rows where order_id = any ($1::uuid[])",
+    "lifecycle": "select * from lifecycle_events where order_id = any ($1::uuid[])",
+    "audit": "select * from audit where subject = any (select 'payment:' || id from payments"
+    " where order_id = any ($1::uuid[]))",
+    "jobs": "select entrypoint, payload from jobs.pgqueuer where payload = any (select convert_to(id::text, 'utf8')"
+    " from payments where order_id = any ($1::uuid[]))",
+}
+
+
+async def money_of(shop: Shop, *order_ids: str) -> dict[str, list[tuple[Any, ...]]]:
+    """Every row that has to do with the money of these orders."""
+    return {
+        name: sorted(map(tuple, await shop.sql.fetch(query, list(order_ids))), key=repr)
+        for name, query in MONEY.items()
+    }
+
+
+async def all_applied(shop: Shop, payment: Body, count: int) -> None:
+    """Wait until so many webhooks about the payment have been applied."""
+
+    async def applied() -> bool:
+        found: int = await shop.sql.fetchval(
+            "select count(*) from webhooks where status = 'applied' and refs && array[$1]", payment["gatewayOrderId"]
+        )
+        return found >= count
+
+    await until(applied, f"{count} webhooks are applied")
+
+
 async def order_of(instance: Instance, payment: Body) -> Body:
     order: Body = (await instance.get(f"/orders/{payment['orderId']}")).body
     return order
@@ -151,8 +187,9 @@ async def test_the_webhook_is_enough(shop: Shop) -> None:
         waiting = asyncio.create_task(shop.b.get(f"/payments/{payment['id']}?wait=20", by=CUSTOMER))
         await pays(payment)
         reply = await waiting
-        assert (reply.status, reply.body["status"]) == (200, "completed"), reply
+        assert (reply.status, reply.body["status"] in ("authorized", "completed")) == (200, True), reply
         assert "checkout" not in reply.body
+        await becomes(shop.a, payment, status="completed")
         assert (await order_of(shop.b, payment))["status"] == "confirmed"
 
 
@@ -491,7 +528,7 @@ def bad_starts(order: Body) -> list[tuple[Any, int, str]]:
 
 async def test_bad_starts_change_nothing(shop: Shop) -> None:
     order = await online(shop.a)
-    before = await everything(shop.sql)
+    before = await money_of(shop, order["id"])
     for n, (body, status, code) in enumerate(bad_starts(order)):
         key = {"Idempotency-Key": str(uuid.uuid4())} if n % 2 else {}
         refusal(await shop.a.post("/payments", body, by=CUSTOMER, headers=key), status, code)
@@ -504,7 +541,7 @@ async def test_bad_starts_change_nothing(shop: Shop) -> None:
     refusal(await shop.a.post("/payments", raw=big, by=CUSTOMER), 413, "too_large")
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     refusal(await shop.a.post("/payments", raw=b"orderId=1", headers=form), 415, "unsupported_media")
-    assert await everything(shop.sql) == before
+    assert await money_of(shop, order["id"]) == before
 
 
 async def test_bad_requests_about_a_payment_change_nothing(shop: Shop) -> None:
@@ -513,6 +550,7 @@ async def test_bad_requests_about_a_payment_change_nothing(shop: Shop) -> None:
     card = await started(shop.a, await online(shop.a), "stripe")
     theirs = proof(await pays(other))
     await becomes(shop.a, other, status="completed")
+    await all_applied(shop, other, 3)
     right = {**theirs, "razorpayOrderId": payment["gatewayOrderId"]}
     money = {"amount": 25_200, "currency": "INR"}
     confirm = {"paymentMethodId": "pm_card_visa", "returnUrl": "https://shop.example"}
@@ -574,8 +612,9 @@ async def test_bad_requests_about_a_payment_change_nothing(shop: Shop) -> None:
         ("GET", "/payments?colour=red", None, STAFF, 422, "invalid"),
         ("GET", "/payments.csv?limit=5", None, STAFF, 422, "invalid"),
     ]
-    before = await everything(shop.sql)
+    ids = [one["orderId"] for one in (payment, other, card)]
+    before = await money_of(shop, *ids)
     for method, path, body, by, status, code in cases:
         reply = await shop.b.request(method, path, body, by=by)
         assert (reply.status, reply.code) == (status, code), (method, path, body, reply)
-    assert await everything(shop.sql) == before
+    assert await money_of(shop, *ids) == before

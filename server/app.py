@@ -40,6 +40,7 @@ from server.sockets import Sockets
 from server.timeouts import Site
 from server.webhooks import WebhookDoor
 from server.workers.inbox import Inbox
+from server.workers.jobs import Jobs
 from server.workers.relay import Relay
 from server.workers.trail import Trail
 
@@ -185,6 +186,7 @@ class Process:
             grace_ms=settings.relay_grace_ms,
             batch_max=settings.relay_batch_max,
         )
+        self.jobs = Jobs(self.database, settings, [])
         self.health = Health(settings, self.database, self.bus, self.sockets.rooms)
         self.health.loops_running = self._loops_running
         self._tasks: list[asyncio.Task[None]] = []
@@ -224,13 +226,17 @@ class Process:
             self._loop("inbox", self._when_schema_is_there(self.inbox.run))
             self._loop("left webhooks", self._when_schema_is_there(self.inbox.watch_backlog))
             self._loop("old positions", self._when_schema_is_there(self.trail.sweep))
+            self._loop("jobs", self._when_schema_is_there(self.jobs.run))
+            self._loop("schedules", self._when_schema_is_there(self.jobs.keep_time))
+            self._loop("jobs that wait", self._when_schema_is_there(self.jobs.watch))
             self._loop("keys", self._when_schema_is_there(self._forget_old_keys))
         await self._listen()
 
     async def stop(self) -> None:
-        """Drain: no new work, clients sent elsewhere, requests answered, what was sent marked. Bounded by
-        `DRAIN_TIMEOUT_S`."""
+        """Drain: no new work, clients sent elsewhere, requests answered, what was sent marked, jobs ended. Bounded
+        by `DRAIN_TIMEOUT_S`."""
         self.health.draining = True
+        self.jobs.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.settings.drain_timeout_s):
                 self.sockets.rooms.close()
@@ -247,6 +253,9 @@ class Process:
                     await self.bus.answered()  # so that what was published is marked
                 await self.outbox.flush()
                 await self.trail.flush()
+                if self._works and self.health.schema.is_set():
+                    await self.jobs.drained()
+        self.jobs.abandon()
         for task in reversed(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

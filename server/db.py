@@ -219,6 +219,12 @@ class Database:
         except _SHUT_OUT as error:
             raise self.lost(error) from error
 
+    async def connect(self) -> Any:
+        """A connection outside the pool, for whoever listens; closing it is the caller's. Raises what `GONE` names."""
+        return await asyncpg.connect(
+            self._url, timeout=self._timeout_s, command_timeout=self._timeout_s, statement_cache_size=0
+        )
+
     def connections(self) -> dict[str, int]:
         """How many connections work for somebody now, and how many wait."""
         size, idle = (self._pool.get_size(), self._pool.get_idle_size()) if self._pool is not None else (0, 0)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -110,13 +109,6 @@ class Doors:
         self.database = database
         self._outbox = outbox
         self._positions = positions
-
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Tx]:
-        """A transaction of several statements whose events are handed to the bus after its commit."""
-        async with self.database.transaction() as tx:
-            yield tx
-        self._outbox.publish(tx.told)
 
     async def perform(self, verb: Verb, actor: Actor, *args: object, key: str | None = None) -> Answer:
         """Carry out `verb(tx, actor, *args)` and hand its events to the bus after its commit.

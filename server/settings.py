@@ -17,8 +17,10 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from models.cash import read_units
 from models.money import MINOR_UNITS_MAX
 from models.order import PAYMENT_EXPIRY_S
+from models.period import is_time_zone
 
 DEFAULT_JWT_SECRET = "waybill-development-secret-never-use-in-production"
 """What signs tokens on a developer's machine when `JWT_SECRET` is not set. Production refuses it."""
@@ -91,7 +93,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     link_ttl_max_s: Annotated[Seconds, Meta(description="longest life that a request may ask for")] = 90 * 24 * 3600
     guest_token_ttl_s: Annotated[Seconds, Meta(description="life of the token that a link is exchanged for")] = 3600
 
-    db_pool_size: Annotated[Count, Meta(description="connections to Postgres per process")] = 10
+    db_pool_size: Annotated[
+        Count, Meta(description="connections to Postgres per process; one that works has one more, to hear of jobs")
+    ] = 10
     db_timeout_ms: Annotated[
         Milliseconds, Meta(description="time limit of one statement, and of waiting for a connection")
     ] = 2000
@@ -119,6 +123,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 5000
     idempotency_keep_s: Annotated[Seconds, Meta(description="life of an Idempotency-Key")] = 7 * 24 * 3600
 
+    jobs_at_once_max: Annotated[
+        Annotated[int, Meta(ge=2, le=1000)], Meta(description="background jobs that one process runs at once")
+    ] = 10
+    job_poll_ms: Annotated[
+        Milliseconds,
+        Meta(description="how often jobs are looked for without news of one; behind a pooler there is no news"),
+    ] = 1000
+    job_timeout_s: Annotated[Seconds, Meta(description="longest run of a job; beyond, it has failed")] = 120
+    job_takeover_s: Annotated[Seconds, Meta(description="silence of a worker after which its jobs are another's")] = 15
+    job_attempts_max: Annotated[
+        Count, Meta(description="failures in a row after which a job is dead: held until staff decides")
+    ] = 15
+    job_retry_base_s: Annotated[
+        Seconds, Meta(description="pause after a job's first failure; it doubles with each further one")
+    ] = 2
+    job_retry_max_s: Annotated[Seconds, Meta(description="longest pause after a job's failure")] = 600
+    job_log_keep_s: Annotated[Seconds, Meta(description="how long the job library's log is kept")] = 7 * 24 * 3600
     razorpay_key_id: Annotated[
         str, Meta(description="rzp_test_… or rzp_live_…; with none of Razorpay's keys, development runs its simulator")
     ] = ""
@@ -243,6 +264,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=0, le=MINOR_UNITS_MAX)],
         Meta(description="largest refund that staff may make alone, minor units; above, admin or service"),
     ] = 100_000
+    report_days_max: Annotated[Count, Meta(description="longest range of days of one report of statistics")] = 1100
     cash_partial: Annotated[Literal["on", "off"], Meta(description="on: cash may also pay a part of what is due")] = (
         "off"
     )
@@ -573,9 +595,22 @@ def _check_relations(s: Settings) -> None:
             s.idempotency_keep_s >= 7 * 24 * 3600,
             "IDEMPOTENCY_KEEP_S must be 604800 (7 days) or more: clients retry for days",
         ),
+        (s.job_retry_base_s <= s.job_retry_max_s, "JOB_RETRY_BASE_S must not be more than JOB_RETRY_MAX_S"),
+        (
+            4 * s.db_timeout_ms <= s.job_takeover_s * 1000,
+            "JOB_TAKEOVER_S must be four times DB_TIMEOUT_MS or more, or a living worker's jobs are taken over",
+        ),
         (
             s.webhook_retry_base_s <= s.webhook_retry_max_s,
             "WEBHOOK_RETRY_BASE_S must not be more than WEBHOOK_RETRY_MAX_S",
+        ),
+        (
+            is_time_zone(s.seller_time_zone),
+            "SELLER_TIME_ZONE must be the IANA name of a time zone, such as Asia/Kolkata",
+        ),
+        (
+            _are_coins(s.cash_rounding_minor),
+            "CASH_ROUNDING_MINOR must name currencies and their smallest coins in minor units, such as INR=100,CHF=5",
         ),
         (s.link_ttl_s <= s.link_ttl_max_s, "LINK_TTL_S must not be more than LINK_TTL_MAX_S"),
         (
@@ -594,6 +629,14 @@ def _check_relations(s: Settings) -> None:
     for holds, sentence in relations:
         if not holds:
             raise CannotStart(sentence + ".")
+
+
+def _are_coins(text: str) -> bool:
+    try:
+        read_units(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_production(s: Settings) -> None:

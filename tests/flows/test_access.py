@@ -100,6 +100,7 @@ GET /orders/{order_id}/events                 o  o  n  n  n   o  o  n  n  n   o 
 POST /orders/{order_id}/status                f  f  f  f  f   o  o  n  n  n   o  n  o  n  o  n  f  f   f  f   f  u
 POST /orders/{order_id}/assign                f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
 POST /orders/{order_id}/cancel                o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   f  u
+POST /orders/{order_id}/payment-method        o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   f  u
 POST /orders/{order_id}/location              f  f  f  f  f   o  o  n  n  n   f  f  f  f  f  f  f  f   f  f   f  u
 GET /orders/{order_id}/watchers               f  f  f  f  f   o  o  n  n  n   o  n  o  n  o  n  f  f   f  f   f  u
 POST /orders/{order_id}/tracking-link         o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
@@ -107,6 +108,9 @@ POST /orders/{order_id}/payment-link          f  f  f  f  f   f  f  f  f  f   o 
 DELETE /orders/{order_id}/links/{link_id}     o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
 POST /links/follow                            o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o  o
 POST /tokens/revoke                           f  f  f  f  f   f  f  f  f  f   f  f  o  o  o  o  f  f   f  f   f  u
+GET /jobs                                     f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f  u
+POST /jobs/{job_id}/retry                     f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
+POST /jobs/{job_id}/dismiss                   f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
 subscribeToOrder                              o  o  n  n  n   o  o  n  n  n   o  n  o  n  o  n  o  n   o  n   n  u
 unsubscribeFromOrder                          o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o  u
 updateLocation                                f  f  f  f  f   o  o  n  n  n   f  f  f  f  f  f  f  f   f  f   f  u
@@ -155,10 +159,12 @@ def body_of(call: str, to: Target) -> Any:
         "POST /orders/{order_id}/status": {"status": "out_for_delivery"},
         "POST /orders/{order_id}/assign": {"agentId": "a9"},
         "POST /orders/{order_id}/cancel": {"reason": "No"},
+        "POST /orders/{order_id}/payment-method": {"paymentMethod": "cash"},
         "POST /orders/{order_id}/location": fix(),
         "POST /orders/{order_id}/tracking-link": {},
         "POST /orders/{order_id}/payment-link": {},
         "POST /links/follow": {"secret": to.secret},
+        "POST /jobs/{job_id}/dismiss": {"reason": "No"},
         "POST /tokens/revoke": {"jti": str(uuid.uuid4())},
     }.get(call)
 
@@ -186,7 +192,7 @@ async def answer(instance: Instance, call: str, to: Target, by: str | None) -> s
         except socketio.exceptions.ConnectionError:
             return str(refusals[0]["data"]["code"])
     method, path = call.split(" ")
-    path = path.replace("{order_id}", to.id).replace("{link_id}", to.link_id)
+    path = path.replace("{order_id}", to.id).replace("{link_id}", to.link_id).replace("{job_id}", "0")
     reply = await instance.request(method, path, body_of(call, to), by=by)
     if reply.status >= 400:
         assert reply.body["status"] == reply.status

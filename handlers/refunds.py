@@ -212,7 +212,7 @@ OWNER_OF_PAYMENT = """
 select o.id, o.customer_id from payments p join orders o on o.id = p.order_id where p.id = $1"""
 OWNER_OF_ORDER = "select o.id, o.customer_id from orders o where o.id = $1"
 OWNER_OF_REFUND = """
-select o.id, o.customer_id from refunds r join orders o on o.id = r.order_id where r.id = $1"""
+select o.id, o.customer_id, o.seq from refunds r join orders o on o.id = r.order_id where r.id = $1"""
 
 _decode_lines = msgspec.json.Decoder(list[RefundedLine]).decode
 
@@ -237,19 +237,27 @@ def view(row: Row) -> Refund:
     )
 
 
-async def read(tx: Tx, actor: Actor, refund_id: str) -> Refund:
+class Seen(NamedTuple):
+    """A refund, and the number of its order's last event before it was read."""
+
+    refund: Refund
+    order_id: str
+    seq: int
+
+
+async def read(tx: Tx, actor: Actor, refund_id: str) -> Seen:
     """Raises NotFound: no such refund, or of somebody else's order. Forbidden."""
     _require_reader(actor)
     found = _uuid(refund_id, "refund")
-    await _seen(tx, actor, OWNER_OF_REFUND, found, "refund")
+    owner = await _owner(tx, actor, OWNER_OF_REFUND, found, "refund")
     (row,) = await tx.all(FOUND, [found])
-    return view(row)
+    return Seen(view(row), str(owner["id"]), owner["seq"])
 
 
 async def list_of_payment(tx: Tx, actor: Actor, payment_id: str, cmd: PageOfRefunds) -> RefundPage:
     """The refunds of one payment, newest first. Raises NotFound, Forbidden."""
     _require_reader(actor)
-    await _seen(tx, actor, OWNER_OF_PAYMENT, _uuid(payment_id, "payment"), "payment")
+    await _owner(tx, actor, OWNER_OF_PAYMENT, _uuid(payment_id, "payment"), "payment")
     return await _page(tx, ListRefunds(payment_id=payment_id, limit=cmd.limit, cursor=cmd.cursor), None)
 
 
@@ -286,12 +294,12 @@ def _require_reader(actor: Actor) -> None:
         require_role(actor, (), "see refunds with a tracking link")
 
 
-async def _seen(tx: Tx, actor: Actor, owner: str, found: uuid.UUID, what: str) -> str:
-    """The id of the order that `found` belongs to, if the actor sees it. Raises NotFound."""
-    row = await tx.one(owner, found)
+async def _owner(tx: Tx, actor: Actor, query: str, found: uuid.UUID, what: str) -> Row:
+    """The order that `found` belongs to, if the actor sees it. Raises NotFound."""
+    row = await tx.one(query, found)
     if row is None or not may_see(actor, str(row["id"]), row["customer_id"], None):
         raise NotFound(f"There is no such {what}.")
-    return str(row["id"])
+    return row
 
 
 def _uuid(text: str, what: str) -> uuid.UUID:
@@ -311,19 +319,19 @@ def _uuid(text: str, what: str) -> uuid.UUID:
 async def permit_payment(tx: Tx, actor: Actor, payment_id: str, cmd: CreateRefund) -> str:
     """The order of the payment. Raises NotFound; Forbidden: only the back office gives money back."""
     require_role(actor, BACK_OFFICE, "refund payments")
-    return await _seen(tx, actor, OWNER_OF_PAYMENT, _uuid(payment_id, "payment"), "payment")
+    return str((await _owner(tx, actor, OWNER_OF_PAYMENT, _uuid(payment_id, "payment"), "payment"))["id"])
 
 
 async def permit_order(tx: Tx, actor: Actor, order_id: str, cmd: CreateRefund) -> str:
     """As `permit_payment`."""
     require_role(actor, BACK_OFFICE, "refund payments")
-    return await _seen(tx, actor, OWNER_OF_ORDER, _uuid(order_id, "order"), "order")
+    return str((await _owner(tx, actor, OWNER_OF_ORDER, _uuid(order_id, "order"), "order"))["id"])
 
 
 async def permit_retry(tx: Tx, actor: Actor, refund_id: str, cmd: RetryRefund) -> str:
-    """As `permit_payment`; for staff."""
+    """As `permit_payment`, for staff alone."""
     require_role(actor, STAFF, "retry refunds")
-    return await _seen(tx, actor, OWNER_OF_REFUND, _uuid(refund_id, "refund"), "refund")
+    return str((await _owner(tx, actor, OWNER_OF_REFUND, _uuid(refund_id, "refund"), "refund"))["id"])
 
 
 async def refund_payment(

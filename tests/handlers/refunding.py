@@ -222,8 +222,8 @@ class Counter:
     # looking
 
     async def show(self, refund_id: str, by: Actor = ADMIN) -> Refund:
-        found: Refund = await self.shop.do(refunds.read, by, refund_id)
-        return found
+        seen: refunds.Seen = await self.shop.do(refunds.read, by, refund_id)
+        return seen.refund
 
     async def money(self, payment_id: str) -> dict[str, Any]:
         (row,) = await self.shop.fetch(

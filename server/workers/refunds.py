@@ -1,0 +1,15 @@
+"""The job `refund`: carries on refunds that were asked for and are not settled, and those that go back by themselves."""
+
+from __future__ import annotations
+
+import random
+
+from handlers.refunds import Desk, carry_on
+from server.workers.jobs import Job
+
+
+def refund_job(desk: Desk) -> Job:
+    async def run(refund_id: str) -> None:
+        await carry_on(desk, refund_id, random.uniform)
+
+    return Job("refund", run)

@@ -18,9 +18,10 @@ from handlers.context import Row, Tx
 from handlers.jobs import enqueue
 from handlers.ports import Reservations
 from models.base import rfc3339
+from models.cash import Taken
 from models.errors import NotFound, NotRefundable
 from models.event import Event, Type, event
-from models.ledger import DISPUTES, FEES, ORDER_RECEIVABLE, REFUNDS_DUE, Post, balanced, money_of
+from models.ledger import DISPUTES, FEES, ORDER_RECEIVABLE, REFUNDS_DUE, ROUNDING, Post, balanced, money_of
 from models.order import Fulfilment, PaymentMethod, PaymentSummary, Status, due, payment_status, waits_for_payment
 from models.payment import (
     GATEWAYS,
@@ -490,6 +491,35 @@ class Book:
         if self.order.status is Status.PENDING and self._paid_online():
             self.move(Status.CONFIRMED)
 
+    async def take_cash(self, taken: Taken, account: str) -> None:
+        """Book cash that came into `account`: it settles `taken.applied`, in the coins there were for it."""
+        payment = self.payment
+        await self._write_payment()  # the capture names it
+        payment.attempted = True
+        self.order.paid += taken.applied
+        payment.captured += taken.amount
+        await self.tx.one(
+            ADD_CAPTURE,
+            payment.provider,
+            str(payment.id),
+            payment.id,
+            taken.amount,
+            payment.currency,
+            taken.applied,
+            None,
+            self.tx.now(),
+        )
+        self.post(
+            "cash",
+            payment.currency,
+            Post(account, taken.amount),
+            Post(ORDER_RECEIVABLE, -taken.applied),
+            Post(ROUNDING, taken.rounding),
+        )
+        self._complete(None)
+        if self.order.status is Status.PENDING and self._paid_online():
+            self.move(Status.CONFIRMED)
+
     async def _apply(self, amount: int, house: House) -> tuple[int, Cause | None]:
         """How much of `amount` the order is owed, and why the rest, or all of it, goes back."""
         order = self.order
@@ -562,7 +592,8 @@ class Book:
                     row["key"],
                     payment.currency,
                     part,
-                    min(part, row["applied_left"]),
+                    # cash settled what was due in the coins there were, and so does its last refund
+                    row["applied_left"] if part == row["left"] else min(part, row["applied_left"]),
                     reason=reason,
                     channel=channel,
                     requested_by=requested_by,
@@ -616,7 +647,9 @@ class Book:
             await self.tx.one(ADD_REFUND_LINES, refund_id, *map(list, zip(*lines, strict=True)))
         if currency == payment.currency:
             payment.reserved += amount
-        owed = (Post(ORDER_RECEIVABLE, applied), Post(REFUNDS_DUE, -applied))
+        # what was too much lies in the refunds due already
+        rounding = amount - applied if cause is None else 0
+        owed = (Post(ORDER_RECEIVABLE, applied), Post(REFUNDS_DUE, -applied - rounding), Post(ROUNDING, rounding))
         self.post("refund_reserved", currency, *owed, refund_id=refund_id)
         if channel is Channel.ORIGINAL and payment.provider in GATEWAYS and requested_by != AT_GATEWAY:
             await enqueue(self.tx, "refund", str(refund_id), after_s=after_s)
@@ -786,10 +819,7 @@ class Book:
         """Write everything. `kind` and `detail` (what JSON can hold) are kept in the payment's history."""
         payment, now = self.payment, self.tx.now()
         payment.updated_at = now
-        if self._is_new:
-            await self.tx.one(INSERT_PAYMENT, *(getattr(payment, name) for name in _COLUMNS))
-        else:
-            await self.tx.one(UPDATE_PAYMENT, payment.id, *(getattr(payment, name) for name in _MUTABLE))
+        await self._write_payment()
         await self.write_order()
         await self._write_ledger(note)
         if self._lifecycle:
@@ -807,6 +837,14 @@ class Book:
             _json(detail),
         )
         return Settled(str(payment.id), self.order_id, self._before or payment.status, payment.status)
+
+    async def _write_payment(self) -> None:
+        payment = self.payment
+        if self._is_new:
+            await self.tx.one(INSERT_PAYMENT, *(getattr(payment, name) for name in _COLUMNS))
+            self._is_new = False
+        else:
+            await self.tx.one(UPDATE_PAYMENT, payment.id, *(getattr(payment, name) for name in _MUTABLE))
 
     async def write_order(self) -> None:
         """Write the order and its events alone: for verbs that change no payment."""

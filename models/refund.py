@@ -83,7 +83,7 @@ refunds = Table(
     Column("updated_at", UtcTime, nullable=False),
     Column("settled_at", UtcTime),
     UniqueConstraint("provider", "gateway_refund_id", name="uq_refunds_gateway_refund"),
-    CheckConstraint("amount > 0 and applied >= 0 and applied <= amount", name="amounts"),
+    CheckConstraint("amount > 0 and applied >= 0 and (applied <= amount or provider = 'cash')", name="amounts"),
     Index("ix_refunds_payment", "payment_id"),
     Index("ix_refunds_order", "order_id"),
     Index("ix_refunds_settled", "settled_at"),

@@ -1,4 +1,4 @@
-"""The job `refund`: carries on refunds that were asked for and are not settled, and those that go back by themselves."""
+"""The job `refund`: carries on refunds that are not settled, and begins those that nobody asked for."""
 
 from __future__ import annotations
 

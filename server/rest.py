@@ -742,6 +742,8 @@ ROUTES = [
         jobs.BackgroundJob,
         200,
         (Forbidden, NotFound, Conflict),
+    ),
+    Route(
         "GET",
         "/cash/agents/{agent_id}",
         Rest.agent_cash,

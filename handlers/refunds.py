@@ -191,7 +191,7 @@ class PageOfRefunds(Strict):
 
 class RefundPage(msgspec.Struct, frozen=True, rename="camel"):
     items: list[Refund]
-    next_cursor: Annotated[str | None, Meta(description="`cursor` of the next page; null on the last one")] = None
+    next_cursor: Annotated[str | None, Meta(description="`cursor` of the next page; null on the last one")]
 
 
 class RefundList(msgspec.Struct, frozen=True):

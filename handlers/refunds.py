@@ -52,7 +52,7 @@ from models.refund import (
     Channel,
     Money,
     Refund,
-    RefundedLine,
+    RefundLine,
     RefundStatus,
     allot,
     line_share,
@@ -214,7 +214,7 @@ OWNER_OF_ORDER = "select o.id, o.customer_id from orders o where o.id = $1"
 OWNER_OF_REFUND = """
 select o.id, o.customer_id, o.seq from refunds r join orders o on o.id = r.order_id where r.id = $1"""
 
-_decode_lines = msgspec.json.Decoder(list[RefundedLine]).decode
+_decode_lines = msgspec.json.Decoder(list[RefundLine]).decode
 
 
 def view(row: Row) -> Refund:
@@ -430,7 +430,7 @@ class _Wanted(NamedTuple):
     """What is to go back, in minor units of the order's currency."""
 
     amount: int
-    lines: list[RefundedLine]
+    lines: list[RefundLine]
 
 
 async def _begin(
@@ -468,7 +468,7 @@ async def _wanted(tx: Tx, order_id: uuid.UUID, cmd: CreateRefund, refundable: in
         return _Wanted(cmd.amount, [])
     if cmd.everything:
         return _Wanted(refundable, [])
-    lines: list[RefundedLine] = []
+    lines: list[RefundLine] = []
     if isinstance(cmd.lines, list):
         before = {str(row["position"]): row for row in await tx.all(LINES_BEFORE, order_id)}
         for number, asked in enumerate(cmd.lines):
@@ -481,13 +481,13 @@ async def _wanted(tx: Tx, order_id: uuid.UUID, cmd: CreateRefund, refundable: in
                 left = line["quantity"] - line["units"]
                 raise NotRefundable(f"Of line {asked.line_id}, {left} units may still be refunded.", refundable)
             share = line_share(line["total"], line["quantity"], line["units"], line["refunded"], asked.quantity)
-            lines.append(RefundedLine(line_id=asked.line_id, quantity=asked.quantity, amount=share))
+            lines.append(RefundLine(line_id=asked.line_id, quantity=asked.quantity, amount=share))
     amount = sum(line.amount for line in lines) + (max(0, delivery["left"]) if cmd.include_delivery else 0)
     return _Wanted(amount, lines)
 
 
 async def _reserve(
-    tx: Tx, actor: Actor, terms: Terms, row: Row, amount: int, lines: list[RefundedLine], cmd: CreateRefund
+    tx: Tx, actor: Actor, terms: Terms, row: Row, amount: int, lines: list[RefundLine], cmd: CreateRefund
 ) -> list[str]:
     """Reserve `amount` of one payment; by hand, settle it too."""
     by_hand = cmd.channel is Channel.MANUAL or row["provider"] not in GATEWAYS

@@ -83,11 +83,13 @@ class Paid(NamedTuple):
 async def shop(data: DataServers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Shop]:
     sandbox = RazorpaySandbox(*KEYS, pace=0.05, seed=1)
     await sandbox.start()
-    async with shared_fleet(data, tmp_path_factory.mktemp("refunds")) as fleet:
-        shop = Shop(fleet, sandbox)
-        await shop.start()
-        yield shop
-    await sandbox.stop()
+    try:
+        async with shared_fleet(data, tmp_path_factory.mktemp("refunds")) as fleet:
+            shop = Shop(fleet, sandbox)
+            await shop.start()
+            yield shop
+    finally:
+        await sandbox.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -175,13 +177,13 @@ async def test_who_waits_hears_of_a_pending_refund_by_webhook(shop: Shop) -> Non
 async def test_an_outcome_that_is_unknown_is_found_out_by_the_job(shop: Shop, fault: Fault) -> None:
     paid = await shop.paid()
     shop.sandbox.mischief.fault, shop.sandbox.mischief.fault_method = fault, "POST"
-    open_ = await shop.refund(paid, key="k2")
+    open_ = await shop.refund(paid, key=f"found out {fault}")
     assert open_.status == 202, open_
     assert open_.body["status"] in ("pending", "processing")
     done = await shop.settled(open_.body["id"])
     assert done["status"] == "succeeded"
     assert [one["amount"] for one in shop.made(paid)] == [TOTAL]
-    again = await shop.refund(paid, key="k2")
+    again = await shop.refund(paid, key=f"found out {fault}")
     assert (again.status, again.body["id"], again.body["status"]) == (201, done["id"], "succeeded")
 
 
@@ -190,7 +192,7 @@ async def test_a_server_that_is_killed_during_the_call_gives_back_once(shop: Sho
     paid = await shop.paid()
     mischief = shop.sandbox.mischief
     mischief.fault, mischief.fault_method = fault, "POST"
-    asking = asyncio.create_task(shop.refund(paid, key="k3"))
+    asking = asyncio.create_task(shop.refund(paid, key=f"killed {fault}"))
     await until(lambda: mischief.fault is None, "the gateway was asked")
     if fault is Fault.HANG_AFTER:
         await until(lambda: shop.made(paid), "the gateway has done it")
@@ -201,7 +203,7 @@ async def test_a_server_that_is_killed_during_the_call_gives_back_once(shop: Sho
     (refund,) = (await shop.instance.get(f"/payments/{paid.payment_id}/refunds")).body["items"]
     assert (await shop.settled(refund["id"]))["status"] == "succeeded"
     assert [one["amount"] for one in shop.made(paid)] == [TOTAL]
-    again = await shop.refund(paid, key="k3")
+    again = await shop.refund(paid, key=f"killed {fault}")
     assert (again.status, again.body["id"]) == (201, refund["id"])
     payment = (await shop.instance.get(f"/payments/{paid.payment_id}")).body
     assert (payment["status"], payment["refunded"], payment["refundable"]) == ("refunded", TOTAL, 0)

@@ -38,6 +38,9 @@ class RefundStatus(StrEnum):
     """The money is still owed: it stays reserved until somebody retries it or settles it by hand."""
 
 
+SETTLED = frozenset({RefundStatus.SUCCEEDED, RefundStatus.FAILED})
+
+
 class Cause(StrEnum):
     """Why money goes back by itself: the `reason` of `paymentUpdate`."""
 
@@ -87,6 +90,8 @@ refunds = Table(
     Index("ix_refunds_payment", "payment_id"),
     Index("ix_refunds_order", "order_id"),
     Index("ix_refunds_settled", "settled_at"),
+    Index("ix_refunds_newest", text("created_at desc"), text("id desc")),
+    Index("ix_refunds_due", "status", "created_at", postgresql_where=text("status <> 'succeeded'")),
 )
 
 refund_lines = Table(
@@ -180,7 +185,8 @@ def spread(amount: int, refundable: Sequence[int]) -> list[int]:
 def allot(lines: Sequence[RefundLine], amounts: Sequence[int]) -> list[list[RefundLine]]:
     """Which lines each of several refunds stands for, when one refund of `lines` is made as refunds of `amounts`.
 
-    A line that two of them share is in both with its share of the money; its units are counted in the first.
+    A line that two of them share is in both with its share of the money; its units are counted in the first. What the
+    amounts do not reach is left out.
     """
     left, found = [(line.line_id, line.quantity, line.amount) for line in reversed(lines)], []
     for amount in amounts:

@@ -14,7 +14,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from handlers import refunds
+from handlers import refund_calls
 from handlers.payments import Desk
 from handlers.settlement import House
 from models.errors import Forbidden, Unavailable
@@ -168,7 +168,7 @@ class Process:
             watched=self.sockets.rooms.watched,
         )
         self.sockets.rooms.on_members = self.presence.changed
-        refunds_desk = refunds.Desk(doors.transaction, self.gateways, refund_terms(settings))
+        refunds_desk = refund_calls.Desk(doors.transaction, self.gateways, refund_terms(settings))
         self.inbox = Inbox(settings, self.database, self.outbox, self.gateways, self.house)
         self.rest = Rest(
             settings,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from handlers import refunds
+from handlers import refund_calls
 from handlers.context import Tx
 from handlers.settlement import Terms
 from server.settings import Settings
@@ -24,7 +24,7 @@ def terms_of(settings: Settings) -> Terms:
     )
 
 
-def refund_terms(settings: Settings) -> refunds.Terms:
-    return refunds.Terms(
+def refund_terms(settings: Settings) -> refund_calls.Terms:
+    return refund_calls.Terms(
         staff_refund_max_minor=settings.staff_refund_max_minor, refund_ask_after_s=settings.refund_ask_after_s
     )

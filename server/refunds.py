@@ -10,9 +10,10 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta
 
-from handlers import refunds
+from handlers import refund_lists, refunds
 from handlers.ports import Done, Once
-from handlers.refunds import SETTLED, Desk
+from handlers.refund_calls import Desk
+from models.refund import SETTLED
 from models.user import Actor
 from server.doors import Doors, Steps
 
@@ -66,13 +67,13 @@ async def retry_refund(rest: Rest, call: Call) -> web.Response:
 
 async def list_refunds(rest: Rest, call: Call) -> web.Response:
     async with rest.refunds.doors.database.statement() as tx:
-        return _json(await refunds.list_refunds(tx, call.actor, call.command))
+        return _json(await refund_lists.list_refunds(tx, call.actor, call.command))
 
 
 async def refunds_of_payment(rest: Rest, call: Call) -> web.Response:
     payment_id = call.request.match_info["payment_id"]
     async with rest.refunds.doors.database.statement() as tx:
-        return _json(await refunds.list_of_payment(tx, call.actor, payment_id, call.command))
+        return _json(await refund_lists.list_of_payment(tx, call.actor, payment_id, call.command))
 
 
 async def read_refund(rest: Rest, call: Call) -> web.Response:
@@ -83,9 +84,9 @@ async def read_refund(rest: Rest, call: Call) -> web.Response:
     return _json(found.refund)
 
 
-async def _look(rest: Rest, call: Call) -> refunds.Seen:
+async def _look(rest: Rest, call: Call) -> refund_lists.Seen:
     async with rest.refunds.doors.database.statement() as tx:
-        return await refunds.read(tx, call.actor, call.request.match_info["refund_id"])
+        return await refund_lists.read(tx, call.actor, call.request.match_info["refund_id"])
 
 
 def _json(value: object) -> web.Response:

@@ -22,7 +22,8 @@ from handlers.checkout import StartPayment
 from handlers.context import Tx
 from handlers.payment_lists import ListPayments, PaymentFilters, PaymentHistory, PaymentPage, ReadHistory
 from handlers.payments import AnnotatePayment, CapturePayment, ConfirmPayment, Nothing, VerifyPayment
-from handlers.refunds import CreateRefund, ListRefunds, PageOfRefunds, RefundList, RefundPage, RetryRefund
+from handlers.refund_lists import ListRefunds, PageOfRefunds, RefundPage
+from handlers.refunds import CreateRefund, RefundList, RetryRefund
 from models.base import Time, UuidText, rfc3339
 from models.errors import (
     AlreadyPaid,

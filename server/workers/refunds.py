@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from handlers.refunds import Desk, carry_on
+from handlers.refund_calls import Desk, carry_on
 from server.workers.jobs import Job
 
 

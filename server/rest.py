@@ -22,11 +22,14 @@ from handlers.checkout import StartPayment
 from handlers.context import Tx
 from handlers.payment_lists import ListPayments, PaymentFilters, PaymentHistory, PaymentPage, ReadHistory
 from handlers.payments import AnnotatePayment, CapturePayment, ConfirmPayment, Nothing, VerifyPayment
+from handlers.refund_lists import ListRefunds, PageOfRefunds, RefundPage
+from handlers.refunds import CreateRefund, RefundList, RetryRefund
 from models.base import Time, UuidText, rfc3339
 from models.errors import (
     AlreadyPaid,
     AmountMismatch,
     AmountTooSmall,
+    ApprovalRequired,
     BadSignature,
     Conflict,
     CurrencyMismatch,
@@ -38,6 +41,7 @@ from models.errors import (
     Malformed,
     MoneyMoved,
     NotFound,
+    NotRefundable,
     OrderClosed,
     PaymentDeclined,
     PaymentInProgress,
@@ -51,6 +55,7 @@ from models.errors import (
 from models.order import Order, TrackedOrder
 from models.payment import Payment, Provider
 from models.position import Position
+from models.refund import Refund
 from models.user import Actor, Role, Scope
 from server import csv_export, metrics
 from server.auth import Authenticator, bearer, secret_digest
@@ -85,6 +90,16 @@ from server.payments import (
     void_payment,
 )
 from server.presence import Presence
+from server.refunds import (
+    ReadRefund,
+    RefundVerbs,
+    list_refunds,
+    read_refund,
+    refund_order,
+    refund_payment,
+    refunds_of_payment,
+    retry_refund,
+)
 from server.settings import Settings
 from server.snapshots import ToldEvent, listed
 from server.sockets import CHANGE_STATUS, NextInterval, Sockets
@@ -135,6 +150,7 @@ class Rest:
         presence: Presence,
         webhook_door: WebhookDoor,
         payments: PaymentVerbs,
+        refunds: RefundVerbs,
         on_revoked: Callable[[users.Revoked], None],
         takes_requests: Callable[[], bool],
     ) -> None:
@@ -147,6 +163,7 @@ class Rest:
         self._presence = presence
         self._webhook_door = webhook_door
         self.payments = payments
+        self.refunds = refunds
         self._on_revoked = on_revoked
         self.books = Books(settings, doors, payments.desk)
         self._takes_requests = takes_requests
@@ -910,6 +927,66 @@ PAYMENT_ROUTES = [
     ),
 ]
 ROUTES += PAYMENT_ROUTES
+
+_REFUND = (NotFound, Forbidden, ApprovalRequired, NotRefundable, CurrencyMismatch, IllegalMove)
+
+REFUND_ROUTES = [
+    Route(
+        "POST",
+        "/payments/{payment_id}/refunds",
+        refund_payment,
+        "Give back money of a payment",
+        CreateRefund,
+        Refund,
+        201,
+        _REFUND,
+        also=(202,),
+    ),
+    Route(
+        "POST",
+        "/orders/{order_id}/refunds",
+        refund_order,
+        "Give back money of an order, from its newest payment on",
+        CreateRefund,
+        RefundList,
+        201,
+        _REFUND,
+        also=(202,),
+    ),
+    Route(
+        "GET",
+        "/payments/{payment_id}/refunds",
+        refunds_of_payment,
+        "Its refunds, newest first",
+        PageOfRefunds,
+        RefundPage,
+        200,
+        (NotFound, Forbidden),
+    ),
+    Route(
+        "GET",
+        "/refunds",
+        list_refunds,
+        "All refunds, newest first; by `status`, those that are still due",
+        ListRefunds,
+        RefundPage,
+        200,
+        (Forbidden,),
+    ),
+    Route("GET", "/refunds/{refund_id}", read_refund, "One refund", ReadRefund, Refund, 200, (NotFound, Forbidden)),
+    Route(
+        "POST",
+        "/refunds/{refund_id}/retry",
+        retry_refund,
+        "Ask for one that failed again, or note that it was paid back by hand",
+        RetryRefund,
+        Refund,
+        200,
+        (NotFound, Forbidden, MoneyMoved, Conflict),
+        also=(202,),
+    ),
+]
+ROUTES += REFUND_ROUTES
 
 
 def add_routes(app: web.Application, rest: Rest) -> None:

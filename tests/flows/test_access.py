@@ -162,6 +162,7 @@ def body_of(call: str, to: Target) -> Any:
         "POST /orders/{order_id}/tracking-link": {},
         "POST /orders/{order_id}/payment-link": {},
         "POST /links/follow": {"secret": to.secret},
+        "POST /jobs/{job_id}/retry": {},
         "POST /jobs/{job_id}/dismiss": {"reason": "No"},
         "POST /tokens/revoke": {"jti": str(uuid.uuid4())},
     }.get(call)

@@ -104,6 +104,7 @@ class Seen(NamedTuple):
     """A payment, and the number of its order's last event before it was read."""
 
     payment: Payment
+    order_id: str
     seq: int
 
 
@@ -112,7 +113,7 @@ async def read(tx: Tx, actor: Actor, payment_id: str) -> Seen:
     top = await tx.one(TOP, payment_uuid(payment_id))
     row = await permit_all(tx, actor, payment_id)
     assert top is not None, "payments and orders are never deleted"
-    return Seen(view(row), top["seq"])
+    return Seen(view(row), str(row.order_id), top["seq"])
 
 
 class PaymentInput(View):

@@ -14,25 +14,26 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from handlers.ports import Gateway
+from handlers.payments import Desk
 from handlers.settlement import House
 from models.errors import Forbidden, Unavailable
-from models.payment import Provider
 from server import docs, metrics, migrate
 from server.auth import Authenticator
 from server.db import Database
 from server.doors import FORGET, Doors
 from server.edges import Edges
+from server.gateways import GatewayRoom
 from server.health import Health, watch_loop_lag
 from server.house import AllThere, terms_of
 from server.limits import SPEND, Limits
 from server.locations import Locations
 from server.outbox import CONTROL, Outbox, order_channel
 from server.pages import Pages
+from server.payments import PaymentVerbs
 from server.presence import Presence
 from server.realtime.bus import Bus
 from server.realtime.positions import SHOW, PositionLane
-from server.rest import Rest, add_routes, edge
+from server.rest import API, Rest, add_routes, edge
 from server.revocations import RevocationWatch
 from server.settings import CannotStart, Settings
 from server.sockets import Sockets
@@ -89,6 +90,14 @@ def bind(settings: Settings) -> socket.socket:
     raise CannotStart(f"Ports {DEFAULT_PORT} to {candidate} are all taken: set PORT to a free one.")
 
 
+def own_address(listener: socket.socket) -> str:
+    """The URL under which this machine reaches the listener."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 class Process:
     """One process: it `serves` requests, `works` off what was left, or both. `migrates`: before it serves."""
 
@@ -123,7 +132,8 @@ class Process:
             keep_s=settings.location_keep_s,
         )
         self.outbox = Outbox(self.database, self.bus, lane)
-        self.gateways: dict[Provider, Gateway] = {}
+        self.gateway_room = GatewayRoom(settings, simulates=serves and works)
+        self.gateways = self.gateway_room.gateways
         self.house = House(terms_of(settings), AllThere())
         self.authenticator = Authenticator(settings)
         self.trail = Trail(
@@ -165,6 +175,7 @@ class Process:
             self.limits,
             self.presence,
             WebhookDoor(settings, self.database, self.gateways, self.limits, self.inbox.wake),
+            PaymentVerbs(doors, Desk(doors.transaction, self.gateways, self.house)),
             lambda revoked: self.revocations.tell(revoked),
             lambda: self.health.revocations.is_set(),
         )
@@ -196,6 +207,7 @@ class Process:
     async def start(self) -> None:
         """Listen, then get ready in the background: a data server that does not answer yet is waited for."""
         await self.authenticator.start()
+        await self.gateway_room.start(f"{own_address(self._listener)}{API}/webhooks")
         self.bus.subscribe(CONTROL)
         self._loop("postgres", self.database.run())
         self._loop("redis", self.bus.run())
@@ -247,6 +259,7 @@ class Process:
         for task in reversed(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.gateway_room.stop()
         await self.database.close()
         await self.authenticator.stop()
 

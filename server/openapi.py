@@ -45,6 +45,7 @@ PARAMETERS: dict[str, JsonSchema] = {
     "order_id": {"description": "`id` of an order", "schema": {"type": "string", "format": "uuid"}},
     "link_id": {"description": "`id` of a link", "schema": {"type": "string", "format": "uuid"}},
     "job_id": {"description": "`id` of a background job", "schema": {"type": "string", "pattern": "^[0-9]{1,19}$"}},
+    "payment_id": {"description": "`id` of a payment", "schema": {"type": "string", "format": "uuid"}},
     "webhook_id": {"description": "`id` of a webhook", "schema": {"type": "string", "format": "uuid"}},
 }
 """What stands in the braces of a path."""
@@ -247,6 +248,8 @@ def _operation(
     for kind in refusals(route):
         by_status.setdefault(kind.status, []).append(kind)
     operation["responses"] = {str(route.status): good}
+    for other in route.also:
+        operation["responses"][str(other)] = {**good, "description": HTTPStatus(other).phrase}
     for status, kinds in by_status.items():
         name = "Or".join(kind.__name__ for kind in kinds)
         responses[name] = _refusal(status, kinds)

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Hashable
 from functools import cache, partial
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -18,17 +18,29 @@ from msgspec import Meta
 from msgspec import inspect as info
 
 from handlers import jobs, links, orders, tracking, users, webhooks
+from handlers.checkout import StartPayment
 from handlers.context import Tx
+from handlers.payment_lists import ListPayments, PaymentFilters, PaymentHistory, PaymentPage, ReadHistory
+from handlers.payments import AnnotatePayment, CapturePayment, ConfirmPayment, Nothing, VerifyPayment
 from models.base import Time, UuidText, rfc3339
 from models.errors import (
+    AlreadyPaid,
+    AmountMismatch,
+    AmountTooSmall,
     BadSignature,
     Conflict,
+    CurrencyMismatch,
     Forbidden,
+    GatewayError,
     IllegalMove,
+    InvalidSignature,
     LinkExpired,
     Malformed,
+    MoneyMoved,
     NotFound,
     OrderClosed,
+    PaymentDeclined,
+    PaymentInProgress,
     PaymentRequired,
     Refused,
     TooLarge,
@@ -37,7 +49,7 @@ from models.errors import (
     UnsupportedMedia,
 )
 from models.order import Order, TrackedOrder
-from models.payment import Provider
+from models.payment import Payment, Provider
 from models.position import Position
 from models.user import Actor, Role, Scope
 from server import csv_export, metrics
@@ -46,6 +58,22 @@ from server.doors import Answer, Doors, Verb, convert, decode
 from server.edges import CALLER
 from server.limits import Limits
 from server.locations import Locations
+from server.payments import (
+    PaymentVerbs,
+    ReadPayment,
+    annotate_payment,
+    cancel_payment,
+    capture_payment,
+    confirm_payment,
+    export_payments,
+    list_payments,
+    payment_history,
+    read_payment,
+    reconcile_payment,
+    start_payment,
+    verify_payment,
+    void_payment,
+)
 from server.presence import Presence
 from server.settings import Settings
 from server.snapshots import ToldEvent, listed
@@ -67,6 +95,19 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
+class Seen(Protocol):
+    """Something of an order, and the number of the order's last event before it was read."""
+
+    @property
+    def order_id(self) -> str: ...
+
+    @property
+    def seq(self) -> int: ...
+
+
+SeenT = TypeVar("SeenT", bound=Seen)
+
+
 class Rest:
     """The functions behind the routes, and what they need."""
 
@@ -80,6 +121,7 @@ class Rest:
         limits: Limits,
         presence: Presence,
         webhook_door: WebhookDoor,
+        payments: PaymentVerbs,
         on_revoked: Callable[[users.Revoked], None],
         takes_requests: Callable[[], bool],
     ) -> None:
@@ -91,6 +133,7 @@ class Rest:
         self._limits = limits
         self._presence = presence
         self._webhook_door = webhook_door
+        self.payments = payments
         self._on_revoked = on_revoked
         self._takes_requests = takes_requests
         self.public_url = settings.public_url
@@ -131,6 +174,24 @@ class Rest:
     async def read(self, call: Call) -> web.Response:
         async with self._doors.database.statement() as tx:
             return answer(await orders.read(tx, call.actor, call.order_id))
+
+    async def wait_for(
+        self, call: Call, look: Callable[[], Awaitable[SeenT]], enough: Callable[[SeenT], bool], wait_s: int
+    ) -> SeenT:
+        """What `look` sees, once it is `enough`, or when `wait_s` (cut to `LONG_POLL_MAX_S`) is over or the instance
+        drains. It looks whenever something happens to the order, and holds nothing meanwhile."""
+        found = await look()
+
+        async def again() -> tuple[bool, int]:
+            nonlocal found
+            self._authenticator.check(call.actor)  # whoever has waited may have lost the right to see
+            found = await look()
+            return enough(found), found.seq
+
+        if wait_s and not enough(found):
+            wait_s = min(wait_s, self._settings.long_poll_max_s)
+            await self._sockets.rooms.wait(found.order_id, again, wait_s)
+        return found
 
     async def events(self, call: Call) -> web.Response:
         """The order's events. `wait` holds the request, but no database connection, until there are some."""
@@ -372,6 +433,8 @@ class Route(NamedTuple):
     status: int = 200
     refuses: tuple[type[Refused], ...] = ()
     public: bool = False
+    also: tuple[int, ...] = ()
+    """Other good statuses of the same answer: 200 for what is there already, 202 while the outcome is open."""
     body: Any = None
     """The body for the documents, where the route reads it itself and `takes` is wider."""
     keyless: bool = False
@@ -617,6 +680,134 @@ ROUTES = [
         (Forbidden, NotFound, Conflict),
     ),
 ]
+
+_START = (NotFound, Forbidden, OrderClosed, AlreadyPaid, PaymentInProgress, Conflict)
+_WRONG = (AmountMismatch, CurrencyMismatch)
+
+PAYMENT_ROUTES = [
+    Route(
+        "POST",
+        "/payments",
+        start_payment,
+        "Begin to pay for an order, or go on with what is open",
+        StartPayment,
+        Payment,
+        201,
+        (*_START, *_WRONG, AmountTooSmall, GatewayError),
+        also=(200, 202),
+    ),
+    Route(
+        "GET",
+        "/payments",
+        list_payments,
+        "The payments you see, newest first",
+        ListPayments,
+        PaymentPage,
+        200,
+        (Forbidden,),
+    ),
+    Route(
+        "GET",
+        "/payments.csv",
+        export_payments,
+        "The same payments as a file for spreadsheets",
+        PaymentFilters,
+        Payment,
+        200,
+        (Forbidden,),
+        media=csv_export.MEDIA,
+    ),
+    Route(
+        "GET", "/payments/{payment_id}", read_payment, "One payment", ReadPayment, Payment, 200, (NotFound, Forbidden)
+    ),
+    Route(
+        "GET",
+        "/payments/{payment_id}/history",
+        payment_history,
+        "Everything that reached it, newest first",
+        ReadHistory,
+        PaymentHistory,
+        200,
+        (NotFound, Forbidden),
+    ),
+    Route(
+        "POST",
+        "/payments/{payment_id}/verify",
+        verify_payment,
+        "The browser says that the payer has paid: the gateway is asked",
+        VerifyPayment,
+        Payment,
+        200,
+        (NotFound, Forbidden, InvalidSignature, GatewayError),
+        also=(202,),
+    ),
+    Route(
+        "POST",
+        "/payments/{payment_id}/confirm",
+        confirm_payment,
+        "Charge a payment method that the browser has collected (Stripe)",
+        ConfirmPayment,
+        Payment,
+        200,
+        (NotFound, Forbidden, PaymentDeclined, OrderClosed, AlreadyPaid, Conflict, GatewayError),
+        also=(202,),
+    ),
+    Route(
+        "POST",
+        "/payments/{payment_id}/capture",
+        capture_payment,
+        "Take what was authorized",
+        CapturePayment,
+        Payment,
+        200,
+        (NotFound, Forbidden, MoneyMoved, Conflict, OrderClosed, AlreadyPaid, *_WRONG, GatewayError),
+        also=(202,),
+    ),
+    Route(
+        "POST",
+        "/payments/{payment_id}/cancel",
+        cancel_payment,
+        "Let nobody pay it any more",
+        Nothing,
+        Payment,
+        200,
+        (NotFound, Forbidden, MoneyMoved, PaymentInProgress, GatewayError),
+        also=(202,),
+    ),
+    Route(
+        "POST",
+        "/payments/{payment_id}/reconcile",
+        reconcile_payment,
+        "Ask its gateway now what became of it",
+        Nothing,
+        Payment,
+        200,
+        (NotFound, Forbidden, GatewayError),
+        also=(202,),
+    ),
+    Route(
+        "PATCH",
+        "/payments/{payment_id}",
+        annotate_payment,
+        "Change what the merchant remembers with it",
+        AnnotatePayment,
+        Payment,
+        200,
+        (NotFound, Forbidden),
+    ),
+    Route(
+        "DELETE",
+        "/payments/{payment_id}",
+        void_payment,
+        "Void a payment that nobody ever tried to pay; it stays in the books as cancelled",
+        None,
+        None,
+        204,
+        (NotFound, Forbidden, MoneyMoved, PaymentInProgress, GatewayError),
+        also=(202,),
+    ),
+]
+ROUTES += PAYMENT_ROUTES
 
 
 def add_routes(app: web.Application, rest: Rest) -> None:

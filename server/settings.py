@@ -28,6 +28,7 @@ SECRET_BYTES_MIN = 32
 
 SECRETS = frozenset(
     {"jwt_secret", "database_url", "redis_url", "metrics_token", "razorpay_key_secret", "razorpay_webhook_secret"}
+    | {"stripe_secret_key", "stripe_webhook_secret"}
 )
 """Settings whose value is never printed or logged."""
 
@@ -136,7 +137,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Seconds, Meta(description="pause after a job's first failure; it doubles with each further one")
     ] = 2
     job_retry_max_s: Annotated[Seconds, Meta(description="longest pause after a job's failure")] = 600
-    job_log_keep_s: Annotated[Seconds, Meta(description="how long the job library's log is kept")] = 7 * 24 * 3600
+    job_log_keep_s: Annotated[Seconds, Meta(description="how long the job library's log is kept")] = 24 * 3600
     razorpay_key_id: Annotated[
         str, Meta(description="rzp_test_… or rzp_live_…; with none of Razorpay's keys, development runs its simulator")
     ] = ""
@@ -148,6 +149,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = ""
     razorpay_api_url: Annotated[str, Meta(description="empty: https://api.razorpay.com")] = ""
+    stripe_secret_key: Annotated[
+        str, Meta(description="sk_test_… or sk_live_…; with none of Stripe's keys, development runs its simulator")
+    ] = ""
+    stripe_publishable_key: Annotated[str, Meta(description="pk_…, what browsers get to know")] = ""
+    stripe_webhook_secret: Annotated[
+        str,
+        Meta(description="what Stripe signs webhooks with; several while it is rolled, comma-separated, newest first"),
+    ] = ""
+    stripe_api_url: Annotated[str, Meta(description="empty: https://api.stripe.com")] = ""
+    stripe_signature_max_age_s: Annotated[
+        Seconds, Meta(description="a webhook of Stripe that was signed longer ago is refused")
+    ] = 300
     gateway_timeout_ms: Annotated[
         Milliseconds, Meta(description="time limit of one question to a payment gateway, all its requests together")
     ] = 10_000
@@ -243,6 +256,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     reconcile_after_s: Annotated[
         Seconds, Meta(description="a payment that is moving for so long is asked about at its gateway")
     ] = 15
+    reconcile_retry_max_s: Annotated[
+        Seconds, Meta(description="longest pause between two questions about the same payment")
+    ] = 3600
     sweep_interval_s: Annotated[Seconds, Meta(description="how often expired orders are looked for")] = 5
     seller_time_zone: Annotated[str, Meta(description="IANA name of the zone in which days begin and end")] = "UTC"
     staff_refund_max_minor: Annotated[
@@ -541,8 +557,8 @@ def _check_relations(s: Settings) -> None:
         (s.payment_window_s <= s.hold_max_s, "PAYMENT_WINDOW_S must not be more than HOLD_MAX_S"),
         (
             s.gateway_timeout_ms + 2 * s.db_timeout_ms < s.request_timeout_ms,
-            "GATEWAY_TIMEOUT_MS + twice DB_TIMEOUT_MS must be less than REQUEST_TIMEOUT_MS: a payment is written, asked "
-            "for, and written again",
+            "GATEWAY_TIMEOUT_MS + twice DB_TIMEOUT_MS must be less than REQUEST_TIMEOUT_MS: a payment is written, "
+            "asked for, and written again",
         ),
         (
             len({bool(v) for v in (s.razorpay_key_id, s.razorpay_key_secret, s.razorpay_webhook_secret)}) == 1,
@@ -555,6 +571,19 @@ def _check_relations(s: Settings) -> None:
         (
             urlsplit(s.razorpay_api_url).scheme in ("", "http", "https"),
             "RAZORPAY_API_URL must start with http:// or https://",
+        ),
+        (
+            len({bool(v) for v in (s.stripe_secret_key, s.stripe_publishable_key, s.stripe_webhook_secret)}) == 1,
+            "STRIPE_SECRET_KEY, STRIPE_PUBLISHABLE_KEY and STRIPE_WEBHOOK_SECRET belong together: set all of "
+            "them or none",
+        ),
+        (
+            not s.stripe_webhook_secret or bool(secrets_of(s.stripe_webhook_secret)),
+            "STRIPE_WEBHOOK_SECRET must hold a secret: without one nobody can tell who sends webhooks",
+        ),
+        (
+            urlsplit(s.stripe_api_url).scheme in ("", "http", "https"),
+            "STRIPE_API_URL must start with http:// or https://",
         ),
         (s.slow_bytes < s.queue_max_bytes, "SLOW_BYTES must be less than QUEUE_MAX_BYTES"),
         (

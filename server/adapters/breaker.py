@@ -17,8 +17,8 @@ log = structlog.get_logger()
 
 
 class Breaker:
-    """One per provider and process. Closed: every call goes through. Open: none does, the provider is not offered. After
-    `open_s` it is half open: one call is let through, and its outcome closes or opens it again.
+    """One per provider and process. Closed: every call goes through. Open: none does, the provider is not offered.
+    After `open_s` it is half open: one call is let through, and its outcome closes or opens it again.
 
     Only calls that nobody answered count (GatewayAway, GatewayUnknown): whoever refuses is there. `clock`: seconds that
     never jump.

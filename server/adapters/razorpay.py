@@ -11,7 +11,6 @@ import datetime as dt
 import hashlib
 import hmac
 import re
-import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -53,8 +52,8 @@ T = TypeVar("T")
 
 
 class Razorpay:
-    """Fulfils `Gateway`. `webhook_secrets`: newest first. `sandbox_url`: set when it talks to a simulator of ours, whose
-    page then takes the payer's money in play."""
+    """Fulfils `Gateway`. `webhook_secrets`: newest first. `sandbox_url`: set when it talks to a simulator of ours,
+    whose page the payer is then shown."""
 
     provider = Provider.RAZORPAY
 
@@ -149,7 +148,9 @@ class Razorpay:
         return [msgspec.structs.replace(one, report=Report.CANCELLED) for one in news]
 
     async def confirm(self, known: Known, payment_method_id: str, return_url: str) -> Confirmed:
-        raise GatewayRefused(self.provider, 400, "unsupported", "Razorpay's payments are confirmed by its checkout only.")
+        raise GatewayRefused(
+            self.provider, 400, "unsupported", "Razorpay's payments are confirmed by its checkout only."
+        )
 
     async def refund(self, new: NewRefund) -> RefundNews:
         """The key makes a repeat the same refund. What was refused may still be ours, when an earlier call was carried
@@ -160,13 +161,11 @@ class Razorpay:
             wanted = {
                 "amount": new.amount,
                 "speed": "normal",
-                "receipt": new.refund_id,
+                "receipt": new.key,
                 "notes": {REFUND_NOTE: new.refund_id, "payment_id": new.payment.payment_id},
             }
             try:
-                made = client.payment.refund(
-                    payment_id, wanted, headers={"X-Refund-Idempotency": uuid.UUID(new.refund_id).hex}
-                )
+                made = client.payment.refund(payment_id, wanted, headers={"X-Refund-Idempotency": new.key})
             except GatewayRefused as refused:
                 if refused.status == 409 and "different request" not in refused.message.lower():
                     # the first call with this key is still being carried out; the gateway answers, so it is no failure
@@ -197,7 +196,7 @@ class Razorpay:
         return None if refund is None else razorpay_news.of_refund(refund)
 
     async def movements(self, start: dt.datetime, end: dt.datetime) -> AsyncIterator[Movement]:
-        """Razorpay does not say when it captured: `captured_at` is when the attempt began. Its list is minutes behind."""
+        """Razorpay does not say when it captured: `captured_at` is when the attempt began. Its list lags by minutes."""
         seen: set[str] = set()
         while True:
             page = await self._threads.run("movements", _page(start, end, len(seen)))
@@ -294,9 +293,8 @@ def _refunds(client: Client, payment_id: str) -> list[Refund]:
 
 
 def _own(refunds: Sequence[Refund], new: NewRefund) -> Refund | None:
-    """The refund that carries our id; the newest, should there be several."""
-    own = [one for one in refunds if one.refund_id == new.refund_id]
-    return max(own, key=lambda one: one.created_at, default=None)
+    """The refund that carries our key: of this attempt, not of one that failed before."""
+    return next((one for one in refunds if one.receipt == new.key), None)
 
 
 def _capturable(payments: Sequence[Payment]) -> str:

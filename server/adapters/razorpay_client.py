@@ -47,7 +47,7 @@ class _ErrorBody(msgspec.Struct):
 
 
 class Client(razorpay.Client):  # type: ignore[misc]  # the SDK has no types
-    """The SDK's client for one thread. `deadline`: when the operation must be over, on the clock of `time.monotonic`."""
+    """The SDK's client for one thread. `deadline`: when the operation must be over, in seconds of `time.monotonic`."""
 
     deadline: float
 

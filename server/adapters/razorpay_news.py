@@ -21,6 +21,9 @@ REFUND_NOTE = "refund_id"
 """Under this note a refund carries our id."""
 
 
+UUID_CHARS = 36
+
+
 class Order(msgspec.Struct):
     """Razorpay's order: what may be paid, in any number of attempts. `amount`: minor units."""
 
@@ -63,9 +66,9 @@ class Refund(msgspec.Struct):
 
     @property
     def refund_id(self) -> str | None:
-        """Our id, if it carries one."""
+        """Our id, if it carries one: in the notes, and at the beginning of the receipt."""
         note = self.notes.get(REFUND_NOTE) if isinstance(self.notes, dict) else None
-        for text in (note, self.receipt):
+        for text in (note, (self.receipt or "")[:UUID_CHARS]):
             try:
                 if isinstance(text, str) and str(uuid.UUID(text)) == text:
                     return text
@@ -250,7 +253,11 @@ def _read(kind: str, event: Event) -> Sequence[News]:
 
 
 def _beside(
-    payment: Payment | None, payment_id: str, *, refunds: tuple[RefundNews, ...] = (), disputes: tuple[DisputeNews, ...] = ()
+    payment: Payment | None,
+    payment_id: str,
+    *,
+    refunds: tuple[RefundNews, ...] = (),
+    disputes: tuple[DisputeNews, ...] = (),
 ) -> News:
     """News of refunds or disputes. If the payment that comes with them was captured, that is said as well: the event
     that says only this may still be under way."""

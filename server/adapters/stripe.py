@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeVar
@@ -48,7 +49,8 @@ from server.adapters.stripe_news import (
 )
 from server.adapters.stripe_webhooks import envelope_of, verified
 
-DEFAULT_URL = "https://api.stripe.com"
+API_URL = "https://api.stripe.com"
+"""For test keys and live keys alike: the key picks the mode."""
 KEYS_MAX = 12
 """Most keys that are walked for one command: an earlier try each."""
 PAGE_MAX = 100
@@ -63,16 +65,6 @@ S = TypeVar("S", bound=StripeObject)
 T = TypeVar("T")
 
 
-class Account(msgspec.Struct, frozen=True, kw_only=True):
-    """Whose Stripe it is. `webhook_secrets`: newest first. `checkout_url`: the page of a simulator, else empty."""
-
-    secret_key: str
-    publishable_key: str
-    webhook_secrets: tuple[str, ...]
-    api_url: str = DEFAULT_URL
-    checkout_url: str = ""
-
-
 class _Replayed(Exception):
     """Stripe repeated the refusal that it has stored under the key."""
 
@@ -80,23 +72,35 @@ class _Replayed(Exception):
 class Stripe:
     """Fulfils handlers.ports.Gateway. Built inside the running loop, whose connections it holds until `close`.
 
-    `timeout_ms` bounds a whole call; `now` is the clock that signatures of webhooks are judged by, `tolerance_s` how
-    far they may be off.
+    `webhook_secrets`: newest first. `timeout_s` bounds a whole question, `tolerance_s` how far the time of a webhook's
+    signature may be off. `sandbox_url`: set when it talks to a simulator of ours, whose page then takes the payer's
+    money in play. `clock`: Unix seconds.
     """
 
     provider = Provider.STRIPE
 
     def __init__(
-        self, account: Account, breaker: Breaker, *, timeout_ms: int, tolerance_s: int, now: Callable[[], dt.datetime]
+        self,
+        *,
+        secret_key: str,
+        publishable_key: str,
+        webhook_secrets: Sequence[str],
+        breaker: Breaker,
+        timeout_s: float,
+        tolerance_s: int,
+        api_url: str = API_URL,
+        sandbox_url: str | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         stripe.enable_telemetry = False
-        self._account, self._breaker, self._now = account, breaker, now
-        self._timeout_s, self._tolerance_s = timeout_ms / 1000, tolerance_s
+        self._publishable_key, self._webhook_secrets = publishable_key, tuple(webhook_secrets)
+        self._breaker, self._clock, self._sandbox_url = breaker, clock, sandbox_url
+        self._timeout_s, self._tolerance_s = timeout_s, tolerance_s
         # Half of the time for connecting: who was never reached is known to have done nothing.
-        self._http = _Http(httpx.Timeout(self._timeout_s, connect=self._timeout_s / 2), account.api_url)
+        self._http = _Http(httpx.Timeout(timeout_s, connect=timeout_s / 2), api_url)
         self._client = stripe.StripeClient(
-            account.secret_key,
-            base_addresses={"api": account.api_url.rstrip("/")},
+            secret_key,
+            base_addresses={"api": api_url.rstrip("/")},
             http_client=self._http,
             max_network_retries=0,  # the caller repeats, and knows under which key
         )
@@ -202,9 +206,9 @@ class Stripe:
 
     def checkout(self, known: Known, client_secret: str | None, prefill: Mapping[str, str]) -> dict[str, Any]:
         """See the port."""
-        data = {"publishableKey": self._account.publishable_key, "clientSecret": client_secret or ""}
-        if self._account.checkout_url and client_secret:
-            data["url"] = f"{self._account.checkout_url}/{known.gateway_order_id}?client_secret={client_secret}"
+        data = {"publishableKey": self._publishable_key, "clientSecret": client_secret or ""}
+        if self._sandbox_url and client_secret:
+            data["url"] = f"{self._sandbox_url}/checkout/{known.gateway_order_id}?client_secret={client_secret}"
         return data
 
     def proves_checkout(self, gateway_order_id: str, gateway_payment_id: str, signature: str) -> bool:
@@ -283,7 +287,7 @@ class Stripe:
     def receive(self, body: bytes, headers: Mapping[str, str]) -> Delivery:
         """See the port."""
         header = next((value for name, value in headers.items() if name.lower() == "stripe-signature"), "")
-        verified(body, header, self._account.webhook_secrets, self._now().timestamp(), self._tolerance_s)
+        verified(body, header, self._webhook_secrets, self._clock(), self._tolerance_s)
         return envelope_of(body)
 
     def read(self, kind: str, body: bytes) -> Sequence[News]:

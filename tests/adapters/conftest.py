@@ -8,10 +8,11 @@ from contextlib import AbstractAsyncContextManager
 import pytest
 
 from models.payment import Provider
-from tests.adapters import stripe_world
+from tests.adapters import razorpay_world, stripe_world
 from tests.adapters.worlds import World
 
 WORLDS: dict[Provider, Callable[[], AbstractAsyncContextManager[World]]] = {
+    Provider.RAZORPAY: razorpay_world.open_world,
     Provider.STRIPE: stripe_world.open_world,
 }
 """A provider is under contract when it is named here."""

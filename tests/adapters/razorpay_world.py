@@ -66,9 +66,7 @@ async def open_razorpay() -> AsyncIterator[RazorpayWorld]:
     sandbox = RazorpaySandbox(KEY_ID, KEY_SECRET, OLD_SECRET, hooks.url, pace=0.01)
     await sandbox.start()
     clock = [0.0]
-    breaker = Breaker(
-        Provider.RAZORPAY, failures_max=BREAKER_FAILURES, open_s=BREAKER_OPEN_S, clock=lambda: clock[0]
-    )
+    breaker = Breaker(Provider.RAZORPAY, failures_max=BREAKER_FAILURES, open_s=BREAKER_OPEN_S, clock=lambda: clock[0])
     gateway = Razorpay(
         key_id=KEY_ID,
         key_secret=KEY_SECRET,

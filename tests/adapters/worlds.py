@@ -66,12 +66,22 @@ class Hooks:
 class World(Protocol):
     """What the suite needs of a provider. A payer's actions take the payment as we know it."""
 
-    provider: Provider
-    gateway: Gateway
-    mischief: Mischief
-    hooks: Hooks
-    success_kinds: frozenset[str]
-    """Event types of one payment that succeeds with automatic capture."""
+    @property
+    def provider(self) -> Provider: ...
+
+    @property
+    def gateway(self) -> Gateway: ...
+
+    @property
+    def mischief(self) -> Mischief: ...
+
+    @property
+    def hooks(self) -> Hooks: ...
+
+    @property
+    def success_kinds(self) -> frozenset[str]:
+        """Event types of one payment that succeeds with automatic capture."""
+        ...
 
     async def pay(self, known: Known) -> None:
         """Pay with success: captured, or with manual capture authorized."""

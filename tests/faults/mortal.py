@@ -18,9 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import server.app  # noqa: F401  what every server needs, once
-import server.demo  # noqa: F401
-import server.embedded
 from server.__main__ import main
 from server.adapters.razorpay import Razorpay
 from server.adapters.stripe import Stripe

@@ -38,6 +38,7 @@ FROZEN: dict[str, Any] = {
     "DB_TIMEOUT_MS": "800",
     "SUBSCRIBE_TIMEOUT_MS": "2000",
     "BODY_TIMEOUT_MS": "2000",
+    "GATEWAY_TIMEOUT_MS": "2000",
     "REQUEST_TIMEOUT_MS": "4000",
     "LONG_POLL_MAX_S": "2",
 }

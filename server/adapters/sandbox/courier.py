@@ -1,4 +1,4 @@
-"""Delivers a simulator's webhooks as a gateway does: at least once, in no order, again and again until somebody says 2xx."""
+"""Delivers a simulator's webhooks as a gateway does: in no order, and again and again until somebody says 2xx."""
 
 from __future__ import annotations
 

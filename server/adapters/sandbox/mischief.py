@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from enum import StrEnum
+from typing import Literal
 
 import msgspec
 from aiohttp import web
@@ -54,7 +55,7 @@ class Mischief(msgspec.Struct, kw_only=True, rename="camel", forbid_unknown_fiel
     """How many of the next events are never delivered; it counts down."""
     list_lag_s: float = 0
     """Age at which a payment appears in lists of all payments."""
-    refunds: str = "processed"
+    refunds: Literal["processed", "pending", "failed"] = "processed"
     """What becomes of a refund at once: `processed`, `pending` or `failed`."""
     refund_takes_s: float = 0
     """How long a refund is carried out, during which its key is in use."""

@@ -13,7 +13,7 @@ import hmac
 import random
 import string
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -57,8 +57,8 @@ LIST_DEFAULT, LIST_MAX = 10, 100
 
 
 class RazorpaySandbox:
-    """`webhook_url` empty: nothing is sent until it is set. `pace`: Razorpay's pauses between deliveries are multiplied by
-    it. `file`: where orders and payments are kept over a restart; None: nowhere.
+    """`courier.url` is where webhooks go; while it is empty, none are sent. `pace`: Razorpay's pauses between
+    deliveries are multiplied by it. `file`: where orders and payments are kept over a restart; None: nowhere.
 
     Raises:
         ValueError: the key is a live one.
@@ -210,9 +210,7 @@ class RazorpaySandbox:
             "X-Razorpay-Signature": hmac.digest(self.webhook_secret.encode(), body, hashlib.sha256).hex(),
         }
         retries_s = SOON_S if kind in SOON else LATER_S
-        self.courier.send(
-            Parcel(event_id=event_id, kind=kind, body=body, headers=lambda: headers, retries_s=retries_s)
-        )
+        self.courier.send(Parcel(event_id=event_id, kind=kind, body=body, headers=lambda: headers, retries_s=retries_s))
 
     def _save_soon(self) -> None:
         if self._file and not self._saving:
@@ -263,13 +261,12 @@ class RazorpaySandbox:
                 raise ApiError("Authentication failed", status=401, na=True)
             throttled = ApiError("Request failed. Please try after sometime.", na=True)
             return await meet_fault(
-                self.mischief.take_fault(), request, self._answer(handler), throttled.body, self._stopping
+                self.mischief.take_fault(request.method), request, self._answer(handler), throttled.body, self._stopping
             )
         except ApiError as error:
-            return web.Response(status=error.status, body=error.body, content_type="application/json")
+            return _refused(error)
         except web.HTTPNotFound:
-            error = ApiError("The requested URL was not found on the server.", status=404, na=True)
-            return web.Response(status=404, body=error.body, content_type="application/json")
+            return _refused(ApiError("The requested URL was not found on the server.", status=404, na=True))
 
     @staticmethod
     def _answer(handler: Handler) -> Handler:
@@ -279,7 +276,7 @@ class RazorpaySandbox:
             try:
                 return await handler(request)
             except ApiError as error:
-                return web.Response(status=error.status, body=error.body, content_type="application/json")
+                return _refused(error)
 
         return answered
 
@@ -376,6 +373,10 @@ class RazorpaySandbox:
 
 def _json(value: object) -> web.Response:
     return web.Response(body=msgspec.json.encode(value), content_type="application/json")
+
+
+def _refused(error: ApiError) -> web.Response:
+    return web.Response(status=error.status, body=error.body, content_type="application/json")
 
 
 def _collection(items: list[dict[str, Any]]) -> web.Response:

@@ -1,7 +1,7 @@
 """The simulated Razorpay without its HTTP: orders, payments, refunds and disputes, what moves them, and what it tells.
 
-Everything here follows Razorpay's documents and recorded deliveries (tests/fixtures/razorpay/SOURCES.md): the members of each
-body and their order, the refusals and their words, which events a step brings.
+Everything here follows Razorpay's documents and recorded deliveries (tests/fixtures/razorpay/SOURCES.md): the members
+of each body and their order, the refusals and their words, which events a step brings.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -51,6 +51,8 @@ ORDER_FIELDS = {
 }
 REFUND_FIELDS = {"amount", "speed", "notes", "receipt"}
 CAPTURE_FIELDS = {"amount", "currency"}
+
+T = TypeVar("T")
 
 Emit = Callable[[str, dict[str, dict[str, Any]]], None]
 """Takes an event: its kind and the entities of its payload, by name, in their order."""
@@ -221,7 +223,9 @@ class Books:
         if not key:
             return None
         if len(key) < 10 or not set(key) <= set(string.ascii_letters + string.digits + "-_"):
-            raise ApiError("The idempotency key must have 10 or more letters, digits, hyphens and underscores.", na=True)
+            raise ApiError(
+                "The idempotency key must have 10 or more letters, digits, hyphens and underscores.", na=True
+            )
         fingerprint = payment_id.encode() + b"|" + body
         used = self.state.keys.get(key)
         if used is None:
@@ -435,7 +439,7 @@ _MORE_OF_REFUNDED = dict.fromkeys(
 """What the payment inside refund events has besides: another service makes those bodies, with sorted keys."""
 
 
-def _found(things: dict[str, Any], key: str) -> Any:
+def _found(things: dict[str, T], key: str) -> T:
     try:
         return things[key]
     except KeyError:

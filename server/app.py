@@ -41,6 +41,7 @@ from server.timeouts import Site
 from server.webhooks import WebhookDoor
 from server.workers.inbox import Inbox
 from server.workers.jobs import Jobs
+from server.workers.reconciliation import Reconciliation, schedules
 from server.workers.relay import Relay
 from server.workers.trail import Trail
 
@@ -145,6 +146,7 @@ class Process:
         )
         self.locations = Locations(settings, self.database, self.bus, lane, self.trail)
         doors = Doors(self.database, self.outbox, lane)
+        desk = Desk(doors.transaction, self.gateways, self.house)
         self.edges = Edges(settings)
         self.limits = Limits(settings, self.bus, self.edges)
         self.sockets = Sockets(
@@ -175,7 +177,7 @@ class Process:
             self.limits,
             self.presence,
             WebhookDoor(settings, self.database, self.gateways, self.limits, self.inbox.wake),
-            PaymentVerbs(doors, Desk(doors.transaction, self.gateways, self.house)),
+            PaymentVerbs(doors, desk),
             lambda revoked: self.revocations.tell(revoked),
             lambda: self.health.revocations.is_set(),
         )
@@ -186,7 +188,7 @@ class Process:
             grace_ms=settings.relay_grace_ms,
             batch_max=settings.relay_batch_max,
         )
-        self.jobs = Jobs(self.database, settings, [])
+        self.jobs = Jobs(self.database, settings, Reconciliation(desk, settings).jobs, schedules(settings))
         self.health = Health(settings, self.database, self.bus, self.sockets.rooms)
         self.health.loops_running = self._loops_running
         self._tasks: list[asyncio.Task[None]] = []

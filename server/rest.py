@@ -7,6 +7,7 @@ import math
 import re
 import time
 import uuid
+import zoneinfo
 from collections.abc import Awaitable, Callable, Hashable
 from functools import cache, partial
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
@@ -22,6 +23,7 @@ from handlers.checkout import StartPayment
 from handlers.context import Tx
 from handlers.payment_lists import ListPayments, PaymentFilters, PaymentHistory, PaymentPage, ReadHistory
 from handlers.payments import AnnotatePayment, CapturePayment, ConfirmPayment, Nothing, VerifyPayment
+from handlers.reconciliation import ReadReconciliation
 from models.base import Time, UuidText, rfc3339
 from models.errors import (
     AlreadyPaid,
@@ -51,6 +53,7 @@ from models.errors import (
 from models.order import Order, TrackedOrder
 from models.payment import Payment, Provider
 from models.position import Position
+from models.reconciliation import Reconciliation
 from models.user import Actor, Role, Scope
 from server import csv_export, metrics
 from server.auth import Authenticator, bearer, secret_digest
@@ -75,6 +78,7 @@ from server.payments import (
     void_payment,
 )
 from server.presence import Presence
+from server.reconciliation import read_reconciliation
 from server.settings import Settings
 from server.snapshots import ToldEvent, listed
 from server.sockets import CHANGE_STATUS, NextInterval, Sockets
@@ -134,6 +138,7 @@ class Rest:
         self._presence = presence
         self._webhook_door = webhook_door
         self.payments = payments
+        self.seller_zone = zoneinfo.ZoneInfo(settings.seller_time_zone)
         self._on_revoked = on_revoked
         self._takes_requests = takes_requests
         self.public_url = settings.public_url
@@ -651,6 +656,16 @@ ROUTES = [
     ),
     Route(
         "GET",
+        "/reconciliation/{date}",
+        read_reconciliation,
+        "A gateway's books of a day beside ours",
+        ReadReconciliation,
+        Reconciliation,
+        200,
+        (Forbidden, NotFound, GatewayError),
+    ),
+    Route(
+        "GET",
         "/jobs",
         Rest.list_jobs,
         "Background jobs that are not done, newest first",
@@ -812,7 +827,7 @@ ROUTES += PAYMENT_ROUTES
 
 def add_routes(app: web.Application, rest: Rest) -> None:
     for route in ROUTES:
-        path = route.path.replace("{job_id}", "{job_id:[0-9]{1,19}}")
+        path = route.path.replace("{job_id}", "{job_id:[0-9]{1,19}}").replace("{date}", "{date:[0-9-]{10}}")
         path = API + re.sub(r"\{(\w+_id)\}", rf"{{\1:{UUID}}}", path)
         app.router.add_route(route.method, path, _bound(route, rest))
 

@@ -21,7 +21,7 @@ JsonSchema = dict[str, Any]
 
 API = "/api/v1/"
 
-PARTS = {"jobId": "[0-9]{1,19}"}
+PARTS = {"jobId": "[0-9]{1,19}", "date": "[0-9-]{10}"}
 """How parts of a path look that are no UUID."""
 
 

@@ -110,6 +110,7 @@ POST /tokens/revoke                           f  f  f  f  f   f  f  f  f  f   f 
 GET /jobs                                     f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f  u
 POST /jobs/{job_id}/retry                     f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
 POST /jobs/{job_id}/dismiss                   f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
+GET /reconciliation/{date}                    f  f  f  f  f   f  f  f  f  f   f  f  n  f  f  f  f  f   f  f   f  u
 subscribeToOrder                              o  o  n  n  n   o  o  n  n  n   o  n  o  n  o  n  o  n   o  n   n  u
 unsubscribeFromOrder                          o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o  u
 updateLocation                                f  f  f  f  f   o  o  n  n  n   f  f  f  f  f  f  f  f   f  f   f  u
@@ -191,7 +192,8 @@ async def answer(instance: Instance, call: str, to: Target, by: str | None) -> s
         except socketio.exceptions.ConnectionError:
             return str(refusals[0]["data"]["code"])
     method, path = call.split(" ")
-    path = path.replace("{order_id}", to.id).replace("{link_id}", to.link_id).replace("{job_id}", "0")
+    path = path.replace("{order_id}", to.id).replace("{link_id}", to.link_id)
+    path = path.replace("{job_id}", "0").replace("{date}", "2999-01-01")
     reply = await instance.request(method, path, body_of(call, to), by=by)
     if reply.status >= 400:
         assert reply.body["status"] == reply.status

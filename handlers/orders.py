@@ -19,10 +19,10 @@ from sqlalchemy import Text, literal_column, select, tuple_
 from handlers.context import Row, Tx
 from handlers.cursors import decode_cursor, encode_cursor, instant
 from handlers.ports import Closing
-from handlers.settlement import return_money
+from handlers.settlement import return_money, stop_payments
 from models.address import Address, Billing, Contact
 from models.base import Id, Later, LongText, Reason, Reference, ShortText, Strict, View, rfc3339
-from models.errors import Conflict, Invalid, NotFound
+from models.errors import Conflict, Invalid, NotFound, PaymentInProgress
 from models.event import Event, Type, event
 from models.money import EXPONENTS
 from models.order import (
@@ -440,8 +440,11 @@ async def change_status(tx: Tx, actor: Actor, order_id: str, cmd: ChangeStatus) 
     return await _move(tx, actor, order_id, cmd.status, note, override is not None)
 
 
-async def cancel(tx: Tx, actor: Actor, order_id: str, cmd: Cancel) -> Order | TrackedOrder:
-    """Cancel the order: its customer until it is confirmed, the back office until it is ready.
+async def cancel(
+    tx: Tx, actor: Actor, order_id: str, cmd: Cancel, *, returns_money: bool = True
+) -> Order | TrackedOrder:
+    """Cancel the order: its customer until it is confirmed, the back office until it is ready. What was paid goes back,
+    unless the caller has decided how much does.
 
     Raises:
         NotFound, Forbidden, IllegalMove.
@@ -449,10 +452,18 @@ async def cancel(tx: Tx, actor: Actor, order_id: str, cmd: Cancel) -> Order | Tr
     require_role(actor, BACK_OFFICE | {Role.CUSTOMER, Role.GUEST}, "cancel an order")
     if actor.tracks_only:
         require_role(actor, (), "cancel an order with a tracking link")
-    return await _move(tx, actor, order_id, Status.CANCELLED, cmd.reason, False)
+    return await _move(tx, actor, order_id, Status.CANCELLED, cmd.reason, False, returns_money)
 
 
-async def _move(tx: Tx, actor: Actor, order_id: str, target: Status, note: str | None, override: bool) -> Order:
+async def _move(
+    tx: Tx,
+    actor: Actor,
+    order_id: str,
+    target: Status,
+    note: str | None,
+    override: bool,
+    returns_money: bool = True,
+) -> Order:
     if target is Status.CANCELLED:
         tx.atomically()  # with what it does to the order's money
     seen, now = sight(actor, order_id), tx.now()
@@ -476,7 +487,9 @@ async def _move(tx: Tx, actor: Actor, order_id: str, target: Status, note: str |
         order_id,
         [event(order_id, first + n, type_, now, "{}" if n else body) for n, type_ in enumerate(types)],
     )
-    if target is Status.CANCELLED:
+    if target is Status.CANCELLED and not returns_money:
+        await stop_payments(tx, order_id)
+    elif target is Status.CANCELLED:
         await return_money(tx, order_id, note or "cancelled", actor=actor)
     return order
 
@@ -557,6 +570,83 @@ async def assign(tx: Tx, actor: Actor, order_id: str, cmd: Assign) -> Order:
         return row
     order = from_row(row)
     tx.tell(order_id, [event(order_id, order.seq, Type.ASSIGNED, now, body)])
+    return order
+
+
+# payment method
+
+
+class ChangePaymentMethod(Strict):
+    SCHEMA: ClassVar[dict[str, Any]] = {"examples": [{"paymentMethod": "cash"}]}
+
+    payment_method: PaymentMethod
+
+
+# Nothing was paid, so the order's sums follow from its total alone. $7: when a pending online order expires; $8, the
+# same as the event tells it; $9: the back office.
+CHANGE_PAYMENT_METHOD = f"""
+with changed as (
+    update orders o set payment_method = $5, seq = o.seq + 1, updated_at = $6,
+        expires_at = case o.status when 'pending' then $7::timestamptz end
+    where o.id = $1 and {SEEN} and o.status not in ({FINAL_STATUSES}) and o.paid = 0 and not o.paying
+        and ($9::boolean or o.status = 'pending') and not ($5 = 'online' and o.total = 0) and o.payment_method <> $5
+    returning o.*
+), told as (
+    insert into order_events (order_id, seq, type, at, body)
+    select o.id, o.seq, 'paymentMethodUpdate', $6, '{{"method":"' || $5 || '","payment":{{"method":"' || $5
+        || '","status":"' || case o.total when 0 then 'paid' else 'unpaid' end || '","due":' || o.total
+        || ',"paid":0,"refunded":0}}' || case o.status when 'pending' then $8 else '' end || '}}'
+    from changed o
+)
+select o.*, {LINES} from changed o"""
+
+MOVING_PAYMENT = """
+select id from payments where order_id = $1 and status in ('processing', 'authorized', 'unknown')
+order by status_at desc, id limit 1"""
+
+
+async def change_payment_method(
+    tx: Tx, actor: Actor, order_id: str, cmd: ChangePaymentMethod, *, expiry_s: int = PAYMENT_EXPIRY_S
+) -> Order | TrackedOrder:
+    """Let the order be paid in another way: by its customer until it is confirmed, by the back office until something
+    was paid. A pending order that becomes `online` is cancelled after `expiry_s` seconds unless it is being paid; one
+    that is no longer `online` is not. The same again changes nothing.
+
+    Raises:
+        NotFound, Forbidden, OrderClosed, Invalid; PaymentInProgress: somebody is paying it now.
+    """
+    require_role(actor, BACK_OFFICE | {Role.CUSTOMER, Role.GUEST}, "change how an order is paid")
+    if actor.tracks_only:
+        require_role(actor, (), "change how an order is paid with a tracking link")
+    seen, now, method = sight(actor, order_id), tx.now(), cmd.payment_method
+    expires_at = now + dt.timedelta(seconds=expiry_s) if method is PaymentMethod.ONLINE else None
+    told = f',"expiresAt":"{rfc3339(expires_at)}"' if expires_at is not None else ""
+
+    def check(order: Order) -> Order | None:
+        order.check_payment_method(actor, method)
+        return order if order.payment.status == "processing" or order.payment.method is method else None
+
+    guard = (order_uuid(order_id), seen.all, seen.customer, seen.agent)
+    row = await _change(
+        tx,
+        actor,
+        order_id,
+        CHANGE_PAYMENT_METHOD,
+        (*guard, method, now, expires_at, told, actor.role in BACK_OFFICE),
+        check,
+    )
+    if isinstance(row, Order) and row.payment.status == "processing":
+        moving = await tx.one(MOVING_PAYMENT, order_uuid(order_id))
+        if moving is None:  # it has ended since
+            raise Conflict("The order keeps changing; try again.")
+        raise PaymentInProgress("Somebody is paying the order now; wait for the outcome.", str(moving["id"]))
+    if isinstance(row, Order):
+        return row
+    order = from_row(row)
+    body: dict[str, object] = {"method": method, "payment": order.payment}
+    if order.expires_at is not None:
+        body["expiresAt"] = order.expires_at
+    tx.tell(order_id, [event(order_id, order.seq, Type.METHOD, now, msgspec.json.encode(body).decode())])
     return order
 
 

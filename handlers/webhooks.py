@@ -78,6 +78,8 @@ class Patience(NamedTuple):
     retry_max_s: int
     park_s: int
     """How long we wait to get to know what a webhook speaks of."""
+    lock_wait_ms: int
+    """How long a try waits for an order that somebody else holds."""
 
 
 class Taken(NamedTuple):
@@ -114,12 +116,14 @@ class Unreadable(Exception):
 # still ours: not taken by anybody else since, and not decided by staff
 HELD = "id = $1 and attempts = $2 and status in ('received', 'parked')"
 
-HOLD = f"select 1 from webhooks where {HELD} for update"
+# A lock that is not got is given up by Postgres itself: had the client to give up, its session would live on there, and
+# with it its hold on the webhook, until the lock is free.
+HOLD = f"select set_config('lock_timeout', $3, true) from webhooks where {HELD} for update skip locked"
 
 APPLIED = "update webhooks set status = 'applied', settled_at = $2, error = null where id = $1"
 
 
-async def apply(tx: Tx, gateways: Gateways, house: House, taken: Taken) -> bool:
+async def apply(tx: Tx, gateways: Gateways, house: House, patience: Patience, taken: Taken) -> bool:
     """Book what the webhook says, in one transaction. False: it is not ours any more, because somebody else has taken
     it or staff has decided.
 
@@ -132,7 +136,7 @@ async def apply(tx: Tx, gateways: Gateways, house: House, taken: Taken) -> bool:
     except Refused as refusal:
         raise Unreadable(refusal.detail) from refusal
     tx.atomically()
-    if await tx.one(HOLD, taken.id, taken.attempts) is None:
+    if await tx.one(HOLD, taken.id, taken.attempts, str(patience.lock_wait_ms)) is None:
         return False
     for one in news:
         await settle(tx, one, Source.WEBHOOK, house)

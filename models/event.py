@@ -37,6 +37,7 @@ class Type:
     OUT_FOR_DELIVERY = "orderOutForDelivery"
     DELIVERED = "orderDelivered"
     PAYMENT = "paymentUpdate"
+    METHOD = "paymentMethodUpdate"
 
 
 HIDDEN_FROM_TRACKING = ("note", "actor", "amount", "refunded", "override", "lines")

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from models.base import Amount, Time, UuidText, View
 from models.event import Type
-from models.order import Agent, Expiry, PaymentSummary, Status, TrackedAgent, TrackedPayment
+from models.order import Agent, Expiry, PaymentMethod, PaymentSummary, Status, TrackedAgent, TrackedPayment
 from models.payment import PaymentStatus, Provider
 from models.user import Role
 
@@ -80,6 +80,14 @@ class PaymentUpdate(OrderEvent):
     expires_at: Expiry = None
 
 
+class PaymentMethodUpdate(OrderEvent):
+    """How the order is to be paid has changed. `payment` is the order's own sums. Guests that track see no amounts."""
+
+    method: PaymentMethod
+    payment: PaymentSummary | TrackedPayment
+    expires_at: Expiry = None
+
+
 class OrderLocationUpdate(View):
     """Degrees, metres, metres per second; `ts` is Unix milliseconds, as the agent sent it. Keep the highest `ts`."""
 
@@ -117,10 +125,17 @@ class Disconnected(View):
     code: str
 
 
-DURABLE = (Type.STATUS, Type.ASSIGNED, Type.OUT_FOR_DELIVERY, Type.DELIVERED, Type.PAYMENT)
+DURABLE = (Type.STATUS, Type.ASSIGNED, Type.OUT_FOR_DELIVERY, Type.DELIVERED, Type.PAYMENT, Type.METHOD)
 """Events that are rows of the order's log: they carry a `seq` and are never lost."""
 
-DurableEvent = OrderStatusUpdate | DeliveryAgentAssigned | OrderOutForDelivery | OrderDelivered | PaymentUpdate
+DurableEvent = (
+    OrderStatusUpdate
+    | DeliveryAgentAssigned
+    | OrderOutForDelivery
+    | OrderDelivered
+    | PaymentUpdate
+    | PaymentMethodUpdate
+)
 
 HEARD: dict[str, type[msgspec.Struct]] = {
     Type.STATUS: OrderStatusUpdate,
@@ -128,6 +143,7 @@ HEARD: dict[str, type[msgspec.Struct]] = {
     Type.OUT_FOR_DELIVERY: OrderOutForDelivery,
     Type.DELIVERED: OrderDelivered,
     Type.PAYMENT: PaymentUpdate,
+    Type.METHOD: PaymentMethodUpdate,
     "orderLocationUpdate": OrderLocationUpdate,
     "subscriptionClosed": SubscriptionClosed,
     "tokenExpiring": TokenExpiring,

@@ -352,6 +352,22 @@ class Order(View):
         if self.status in FINAL:
             raise OrderClosed(f"The order is {self.status}; nobody can be assigned any more.")
 
+    def check_payment_method(self, actor: Actor, method: PaymentMethod) -> None:
+        """Refuse that the order is paid in this way from now on, or return. Nobody looks here whether it is being paid.
+
+        Raises:
+            OrderClosed: it is in a final status, something was paid, or its customer comes after it was confirmed.
+            Invalid: an order without a price is not paid online.
+        """
+        if self.status in FINAL:
+            raise OrderClosed(f"The order is {self.status}; how it is paid cannot change any more.")
+        if self.payment.paid > 0:
+            raise OrderClosed("Something has been paid; how the order is paid cannot change any more.")
+        if self.status is not Status.PENDING and actor.role not in BACK_OFFICE:
+            raise OrderClosed(f"The order is {self.status}; only the shop changes how it is paid.")
+        if method is PaymentMethod.ONLINE and self.totals.total == 0:
+            raise Invalid("An order without a price has nothing to be paid online.", "/paymentMethod")
+
     def for_tracking(self) -> TrackedOrder:
         agent = TrackedAgent(**tracked_agent({"name": self.agent.name})) if self.agent else None
         return TrackedOrder(
@@ -395,7 +411,7 @@ class Order(View):
         if event.type == Type.ASSIGNED:
             agent = data["agent"]
             return msgspec.structs.replace(after, agent=msgspec.convert(agent, Agent) if agent else None)
-        if event.type == Type.PAYMENT:
+        if event.type in (Type.PAYMENT, Type.METHOD):
             payment = msgspec.convert(data["payment"], PaymentSummary)
             refunded = {line["lineId"]: line["refunded"] for line in data.get("lines", ())}
             items = [msgspec.structs.replace(x, refunded=refunded.get(x.line_id, x.refunded)) for x in self.items]
@@ -560,3 +576,9 @@ def require_role(actor: Actor, allowed: Iterable[Role], doing: str) -> None:
     """Raises Forbidden: the role never does this, whatever the order."""
     if actor.role not in allowed:
         raise Forbidden(f"The role {actor.role} may not {doing}.")
+
+
+def require_all_orders(actor: Actor, doing: str) -> None:
+    """Raises Forbidden: the token was narrowed to some orders, and what is asked tells of all."""
+    if actor.orders is not None:
+        raise Forbidden(f"A token for some orders only may not {doing}.")

@@ -18,7 +18,7 @@ from aiohttp import hdrs, web
 from msgspec import Meta
 from msgspec import inspect as info
 
-from handlers import jobs, links, orders, tracking, users, webhooks
+from handlers import audit, cash, jobs, links, orders, reports, tracking, users, webhooks
 from handlers.checkout import StartPayment
 from handlers.context import Tx
 from handlers.payment_lists import ListPayments, PaymentFilters, PaymentHistory, PaymentPage, ReadHistory
@@ -57,6 +57,7 @@ from models.reconciliation import Reconciliation
 from models.user import Actor, Role, Scope
 from server import csv_export, metrics
 from server.auth import Authenticator, bearer, secret_digest
+from server.books import Books
 from server.doors import Answer, Doors, Verb, convert, decode
 from server.edges import CALLER
 from server.limits import Limits
@@ -92,6 +93,9 @@ RETRY_AFTER_MS = 1000
 
 UUID = "[0-9a-f-]{36}"
 """How ids look in a path. /orders/quote is no order: it has another method, and says so."""
+
+PARTS = {"agent_id": "[^{}/]+", "job_id": "[0-9]{1,19}", "date": "[0-9-]{10}"}
+"""How the other parts of paths look."""
 
 INTEGER = re.compile(r"-?[0-9]{1,20}")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
@@ -140,10 +144,14 @@ class Rest:
         self.payments = payments
         self.seller_zone = zoneinfo.ZoneInfo(settings.seller_time_zone)
         self._on_revoked = on_revoked
+        self._books = Books(settings)
         self._takes_requests = takes_requests
         self.public_url = settings.public_url
         """What links start with; the process fills it in when it knows its port."""
         self._place = Verb("place", partial(orders.place, expiry_s=settings.payment_expiry_s), status=201)
+        self._change_payment_method = Verb(
+            "change_payment_method", partial(orders.change_payment_method, expiry_s=settings.payment_expiry_s)
+        )
         self._create_link = {
             scope: Verb(name, partial(self._new_link, scope), status=201)
             for scope, name in ((Scope.TRACK, "create_tracking_link"), (Scope.PAY, "create_payment_link"))
@@ -163,8 +171,13 @@ class Rest:
             ttl_max_s=self._settings.link_ttl_max_s,
         )
 
+    # what needs a setting
+
     async def place(self, call: Call) -> web.Response:
         return written(await self.perform(call, self._place))
+
+    async def change_payment_method(self, call: Call) -> web.Response:
+        return written(await self.perform(call, self._change_payment_method))
 
     # reads
 
@@ -233,6 +246,33 @@ class Rest:
         async with self._doors.database.statement() as tx:
             await tracking.permit_count(tx, call.actor, call.order_id)
         return answer(Watchers(await self._presence.watchers(call.order_id)))
+
+    # cash and reports
+
+    async def take_cash(self, call: Call) -> web.Response:
+        given = await self.perform(call, self._books.take_cash)
+        return web.Response(status=given.status, body=given.body, content_type="application/json")
+
+    async def agent_cash(self, call: Call) -> web.Response:
+        agent_id = call.request.match_info["agent_id"]
+        async with self._doors.database.statement() as tx:
+            return answer(await cash.read_agent_cash(tx, call.actor, agent_id, call.command))
+
+    async def daily_stats(self, call: Call) -> web.Response:
+        async with self._doors.database.statement() as tx:
+            return answer(await reports.daily_stats(tx, call.actor, call.command, self._books.calendar))
+
+    async def analytics(self, call: Call) -> web.Response:
+        async with self._doors.database.statement() as tx:
+            return answer(await reports.analytics(tx, call.actor, call.command, self._books.calendar))
+
+    async def trial_balance(self, call: Call) -> web.Response:
+        async with self._doors.database.statement() as tx:
+            return answer(await reports.trial_balance(tx, call.actor, call.command))
+
+    async def list_audit(self, call: Call) -> web.Response:
+        async with self._doors.database.statement() as tx:
+            return answer(await audit.list_audit(tx, call.actor, call.command))
 
     # links and tokens
 
@@ -458,6 +498,7 @@ RETRY_JOB = Verb("retry_job", jobs.retry_job)
 DISMISS_JOB = Verb("dismiss_job", jobs.dismiss_job)
 RETRY_WEBHOOK = Verb("retry_webhook", webhooks.retry_webhook)
 DISMISS_WEBHOOK = Verb("dismiss_webhook", webhooks.dismiss_webhook)
+HAND_OVER = Verb("hand_over", cash.hand_over, status=201)
 
 ROUTES = [
     Route("POST", "/orders", Rest.place, "Place an order", orders.Place, Order, 201, (Forbidden, Conflict)),
@@ -523,6 +564,16 @@ ROUTES = [
         Order,
         200,
         (Forbidden, NotFound, IllegalMove, Conflict),
+    ),
+    Route(
+        "POST",
+        "/orders/{order_id}/payment-method",
+        Rest.change_payment_method,
+        "Let it be paid in another way",
+        orders.ChangePaymentMethod,
+        Order,
+        200,
+        (Forbidden, NotFound, OrderClosed, PaymentInProgress, Conflict),
     ),
     Route(
         "POST",
@@ -694,6 +745,76 @@ ROUTES = [
         200,
         (Forbidden, NotFound, Conflict),
     ),
+    Route(
+        "POST",
+        "/payments/cash",
+        Rest.take_cash,
+        "Confirm cash that was taken for an order",
+        cash.TakeCash,
+        Payment,
+        201,
+        (Forbidden, NotFound, OrderClosed, AlreadyPaid, AmountMismatch, CurrencyMismatch),
+    ),
+    Route(
+        "GET",
+        "/payments/stats/daily",
+        Rest.daily_stats,
+        "What payments did, per day",
+        reports.DailyStats,
+        reports.Stats,
+        200,
+        (Forbidden,),
+    ),
+    Route(
+        "GET",
+        "/payments/analytics",
+        Rest.analytics,
+        "What payments did, per day, week or month, by provider, method or status",
+        reports.Analytics,
+        reports.Stats,
+        200,
+        (Forbidden,),
+    ),
+    Route(
+        "GET",
+        "/cash/agents/{agent_id}",
+        Rest.agent_cash,
+        "The cash that an agent carries",
+        cash.ReadAgentCash,
+        cash.AgentCash,
+        200,
+        (Forbidden, NotFound),
+    ),
+    Route(
+        "POST",
+        "/cash/handovers",
+        HAND_OVER,
+        "Take an agent's cash into the till",
+        cash.HandOver,
+        cash.Handover,
+        201,
+        (Forbidden,),
+    ),
+    Route(
+        "GET",
+        "/ledger/trial-balance",
+        Rest.trial_balance,
+        "The balance of every account of the ledger",
+        reports.ReadTrialBalance,
+        reports.TrialBalance,
+        200,
+        (Forbidden,),
+    ),
+    Route(
+        "GET",
+        "/audit",
+        Rest.list_audit,
+        "What staff and services did, newest first",
+        audit.ListAudit,
+        audit.AuditPage,
+        200,
+        (Forbidden,),
+    ),
 ]
 
 _START = (NotFound, Forbidden, OrderClosed, AlreadyPaid, PaymentInProgress, Conflict)
@@ -827,8 +948,7 @@ ROUTES += PAYMENT_ROUTES
 
 def add_routes(app: web.Application, rest: Rest) -> None:
     for route in ROUTES:
-        path = route.path.replace("{job_id}", "{job_id:[0-9]{1,19}}").replace("{date}", "{date:[0-9-]{10}}")
-        path = API + re.sub(r"\{(\w+_id)\}", rf"{{\1:{UUID}}}", path)
+        path = API + re.sub(r"\{(\w+)\}", lambda part: f"{{{part[1]}:{PARTS.get(part[1], UUID)}}}", route.path)
         app.router.add_route(route.method, path, _bound(route, rest))
 
 

@@ -17,8 +17,10 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from models.cash import read_units
 from models.money import MINOR_UNITS_MAX
 from models.order import PAYMENT_EXPIRY_S
+from models.period import is_time_zone
 
 DEFAULT_JWT_SECRET = "waybill-development-secret-never-use-in-production"
 """What signs tokens on a developer's machine when `JWT_SECRET` is not set. Production refuses it."""
@@ -265,6 +267,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=0, le=MINOR_UNITS_MAX)],
         Meta(description="largest refund that staff may make alone, minor units; above, admin or service"),
     ] = 100_000
+    report_days_max: Annotated[Count, Meta(description="longest range of days of one report of statistics")] = 1100
     cash_partial: Annotated[Literal["on", "off"], Meta(description="on: cash may also pay a part of what is due")] = (
         "off"
     )
@@ -604,6 +607,14 @@ def _check_relations(s: Settings) -> None:
             s.webhook_retry_base_s <= s.webhook_retry_max_s,
             "WEBHOOK_RETRY_BASE_S must not be more than WEBHOOK_RETRY_MAX_S",
         ),
+        (
+            is_time_zone(s.seller_time_zone),
+            "SELLER_TIME_ZONE must be the IANA name of a time zone, such as Asia/Kolkata",
+        ),
+        (
+            _are_coins(s.cash_rounding_minor),
+            "CASH_ROUNDING_MINOR must name currencies and their smallest coins in minor units, such as INR=100,CHF=5",
+        ),
         (s.link_ttl_s <= s.link_ttl_max_s, "LINK_TTL_S must not be more than LINK_TTL_MAX_S"),
         (
             urlsplit(s.database_url).scheme in ("", "postgres", "postgresql"),
@@ -621,6 +632,14 @@ def _check_relations(s: Settings) -> None:
     for holds, sentence in relations:
         if not holds:
             raise CannotStart(sentence + ".")
+
+
+def _are_coins(text: str) -> bool:
+    try:
+        read_units(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_production(s: Settings) -> None:

@@ -22,9 +22,8 @@
   };
   // minor units of these currencies are not hundredths (ISO 4217); browsers disagree with it about some
   const EXPONENTS = {
-    0: "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF",
+    0: "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX VND VUV XAF XOF XPF",
     3: "BHD IQD JOD KWD LYD OMR TND",
-    4: "CLF UYW",
   };
 
   const $ = (id) => document.getElementById(id);
@@ -217,7 +216,7 @@
   function goTo(url, returnUrl) {
     const there = new URL(url, location.href);
     if (!["http:", "https:"].includes(there.protocol)) throw new Refused(0, { detail: "This gateway cannot be opened." });
-    there.searchParams.set("return_url", returnUrl);
+    there.searchParams.set("returnUrl", returnUrl);
     location.assign(there);
     return new Promise(() => {}); // this page is left
   }
@@ -337,14 +336,16 @@
       return ["Paid", payment.refunded ? `${paid} arrived, ${money(payment.refunded, currency)} went back.` : `${paid} arrived. Thank you.`, "check"];
     }
     if (state === "closed") {
-      const returned = payment.paid > 0 ? ` What you paid, ${money(payment.paid, currency)}, goes back the way it came.` : "";
-      return ["This order was cancelled", `${statusReason ? `${statusReason}.` : "It cannot be paid any more."}${returned}`, "cross"];
+      const why = statusReason === "expired" ? "It was not paid in time." : statusReason || "It cannot be paid any more.";
+      const paid = money(payment.paid, currency);
+      const returned = payment.refunded >= payment.paid ? `${paid} went back the way it came.` : `${paid} goes back the way it came.`;
+      return ["This order was cancelled", payment.paid > 0 ? `${why} ${returned}` : why, "cross"];
     }
     if (state === "waiting")
       return [busy || "Your payment is under way", busy ? "" : "We wait for your bank. This page shows it when the money arrives; you need not pay again.", "clock"];
     if (state === "failed") {
       const { failure } = payments[0];
-      return ["The payment did not work", `${(failure && failure.message) || "Your bank said no."} Nothing was taken. You can try again: ${due}.`, "bang"];
+      return ["The payment did not work", `${(failure && failure.message) || "Your bank said no."} You can try again: ${due}. If your bank pays all the same, it counts for this order.`, "bang"];
     }
     return [`To pay: ${due}`, payment.paid > 0 ? `${money(payment.paid, currency)} has arrived already.` : "Choose how you want to pay.", ""];
   }

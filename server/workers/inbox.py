@@ -41,6 +41,7 @@ class Inbox:
             retry_base_s=settings.webhook_retry_base_s,
             retry_max_s=settings.webhook_retry_max_s,
             park_s=settings.webhook_park_s,
+            lock_wait_ms=settings.db_timeout_ms // 2,
         )
         self._poll_s = settings.inbox_poll_ms / 1000
         self._concurrency_max = settings.inbox_concurrency_max
@@ -64,8 +65,9 @@ class Inbox:
                     async with asyncio.timeout(self._poll_s):
                         await self._stirred.wait()
         finally:
-            for one in self._tries:
-                one.cancel()
+            if not self._closed:
+                for one in self._tries:
+                    one.cancel()
             await asyncio.gather(*self._tries, return_exceptions=True)
 
     async def close(self) -> None:
@@ -103,7 +105,7 @@ class Inbox:
         try:
             webhooks.check_attempts(taken, self._patience)
             async with self._database.transaction() as tx:
-                applied = await webhooks.apply(tx, self._gateways, self._house, taken)
+                applied = await webhooks.apply(tx, self._gateways, self._house, self._patience, taken)
         except Exception as error:
             await self._put_off(taken, error)
             return

@@ -68,6 +68,7 @@ UNTOLD = {
     "changeStatus": "an Idempotency-Key may be used once",
     "assign": "the same",
     "cancel": "the same",
+    "changePaymentMethod": "the same, and an order without a price is not paid online",
     "createTrackingLink": "a life of LINK_TTL_MAX_S at most, a setting",
     "createPaymentLink": "the same",
     "locate": "LOCATION_BATCH_MAX positions at most, a setting",

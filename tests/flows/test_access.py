@@ -100,6 +100,7 @@ GET /orders/{order_id}/events                 o  o  n  n  n   o  o  n  n  n   o 
 POST /orders/{order_id}/status                f  f  f  f  f   o  o  n  n  n   o  n  o  n  o  n  f  f   f  f   f  u
 POST /orders/{order_id}/assign                f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
 POST /orders/{order_id}/cancel                o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   f  u
+POST /orders/{order_id}/payment-method        o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   f  u
 POST /orders/{order_id}/location              f  f  f  f  f   o  o  n  n  n   f  f  f  f  f  f  f  f   f  f   f  u
 GET /orders/{order_id}/watchers               f  f  f  f  f   o  o  n  n  n   o  n  o  n  o  n  f  f   f  f   f  u
 POST /orders/{order_id}/tracking-link         o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
@@ -159,6 +160,7 @@ def body_of(call: str, to: Target) -> Any:
         "POST /orders/{order_id}/status": {"status": "out_for_delivery"},
         "POST /orders/{order_id}/assign": {"agentId": "a9"},
         "POST /orders/{order_id}/cancel": {"reason": "No"},
+        "POST /orders/{order_id}/payment-method": {"paymentMethod": "cash"},
         "POST /orders/{order_id}/location": fix(),
         "POST /orders/{order_id}/tracking-link": {},
         "POST /orders/{order_id}/payment-link": {},

@@ -76,6 +76,33 @@ async def test_the_guard_of_an_assignment_is_the_rule(desk: Desk) -> None:
         assert guard == rule, kind
 
 
+async def test_the_guard_of_a_payment_method_is_the_rule(desk: Desk) -> None:
+    kinds = [kind for kind in await one_of_each(desk) if kind.fulfilment is Fulfilment.DELIVERY]
+    passed = 0
+    for by, method in itertools.product((STAFF, SERVICE, CUSTOMER, actor(Role.GUEST, scope=Scope.PAY)), PaymentMethod):
+        cmd = command(orders.ChangePaymentMethod, paymentMethod=method)
+        try:
+            async with desk.database.transaction() as tx:
+                for kind in kinds:
+                    caller = by if by.role is not Role.GUEST else narrowed(by, kind)
+                    try:
+                        kind.check_payment_method(caller, method)
+                        rule = "changes" if kind.payment.method is not method else "stays"
+                    except Refused as refusal:
+                        rule = said(refusal)
+                    try:
+                        after = await orders.change_payment_method(tx, caller, kind.id, cmd)
+                        guard = "changes" if after.seq == kind.seq + 1 else "stays"
+                        passed += guard == "changes"
+                    except Refused as refusal:
+                        guard = said(refusal)
+                    assert guard == rule, (by.role, kind, method)
+                raise _Undone
+        except _Undone:
+            pass
+    assert passed > 40
+
+
 async def test_the_guard_of_a_move_is_the_rule(desk: Desk) -> None:
     kinds = await one_of_each(desk)
     assert len(kinds) == len(Fulfilment) * len(Status) * len(PaymentMethod) * len(SUMS)

@@ -1,4 +1,4 @@
-"""Reconciliation, against Razorpay's simulator: what nobody told us is asked for, no order expires while it is being paid,
+"""Reconciliation, against Razorpay's simulator: what nobody told us is asked for, no order expires while it is paid,
 and each payment of which the books differ is named."""
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import importlib
 import inspect
+import json
 import pkgutil
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -49,7 +51,9 @@ def story(verb: Verb) -> Callable[[Story], Story]:
 OF_MONEY = {
     "audit",
     "cash",
+    "checkout",
     "jobs",
+    "payment_lists",
     "payments",
     "reconciliation",
     "refunds",
@@ -199,6 +203,62 @@ async def cancelled_by_everybody_who_may(desk: Desk) -> None:
     await by(Scope.PAY)
     await by(STAFF, "confirmed", "preparing", "ready")
     await by(SERVICE, "confirmed", "preparing", "ready", "out_for_delivery", "delivery_failed")
+
+
+# payment method
+
+
+@story(orders.change_payment_method)
+async def paid_in_another_way_by_everybody_who_may(desk: Desk) -> None:
+    order = await desk.place()
+    at = dt.datetime(2026, 11, 21, 9, 30, tzinfo=dt.UTC)
+
+    async def change(by: Actor, method: str) -> Order:
+        cmd = command(orders.ChangePaymentMethod, paymentMethod=method)
+        after: Order = await desk.do(orders.change_payment_method, by, order.id, cmd, expiry_s=900)
+        return after
+
+    for seq, (by, method) in enumerate(
+        ((CUSTOMER, "online"), (guest(order.id, Scope.PAY), "cash"), (STAFF, "online"), (SERVICE, "later")), 2
+    ):
+        desk.database.clock = lambda seq=seq: at + dt.timedelta(minutes=seq)  # type: ignore[misc]
+        async with replay(desk) as told:
+            after = await change(by, method)
+        online = method == "online"
+        assert after == (await desk.orders())[order.id]
+        assert after.expires_at == (f"2026-11-21T09:{30 + seq + 15}:00.000Z" if online else None)
+        assert after.waiting_for == (["payment"] if online else None)
+        (one,) = told[order.id]
+        assert (one.seq, one.type, one.data["method"]) == (seq, Type.METHOD, method)
+        assert one.data["payment"] == {"method": method, "status": "unpaid", "due": 25_200, "paid": 0, "refunded": 0}
+        assert one.data.get("expiresAt") == after.expires_at
+        assert json.loads(one.for_tracking().payload)["payment"] == {"method": method, "status": "unpaid"}
+        before = await desk.tables()
+        async with replay(desk) as told:
+            assert await change(by, method) == after
+        assert told == {}
+        assert await desk.tables() == before, "the same again changes nothing"
+
+
+@story(orders.change_payment_method)
+async def a_confirmed_order_waits_for_no_payment(desk: Desk) -> None:
+    order = await desk.place(paymentMethod="cash")
+    await desk.move(order.id, "confirmed")
+    async with replay(desk) as told:
+        cmd = command(orders.ChangePaymentMethod, paymentMethod="online")
+        after = await desk.do(orders.change_payment_method, STAFF, order.id, cmd)
+    assert after == (await desk.orders())[order.id]
+    assert (after.expires_at, after.waiting_for) == (None, None)
+    assert "expiresAt" not in told[order.id][0].data
+
+
+@story(orders.change_payment_method)
+async def a_free_order_is_paid_in_any_way_but_online(desk: Desk) -> None:
+    order = await desk.place(items=[{"name": "Sample", "quantity": 1, "unitPrice": 0}])
+    async with replay(desk) as told:
+        cmd = command(orders.ChangePaymentMethod, paymentMethod="cash")
+        after = await desk.do(orders.change_payment_method, CUSTOMER, order.id, cmd)
+    assert told[order.id][0].data["payment"]["status"] == after.payment.status == "paid"
 
 
 # assign

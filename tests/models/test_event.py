@@ -53,6 +53,7 @@ def test_the_types_have_the_contracts_names() -> None:
         "orderOutForDelivery",
         "orderDelivered",
         "paymentUpdate",
+        "paymentMethodUpdate",
     }
 
 

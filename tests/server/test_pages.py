@@ -6,34 +6,46 @@ import gzip
 import hashlib
 import re
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
+from aiohttp.client import ClientResponse
 from aiohttp.test_utils import TestClient, TestServer
 
+from models.money import EXPONENTS
+from models.payment import Provider
 from server.pages import WEB, Pages, policy
 
 Client = TestClient[web.Request, web.Application]
 OWN_BYTES_MAX = 40 * 1024
 """Page, style and script together, uncompressed; phones on the road load them."""
+PAGES = ("track", "pay")
 
 
 @pytest.fixture
 async def client() -> AsyncIterator[Client]:
+    async with serving(Pages()) as opened:
+        yield opened
+
+
+@asynccontextmanager
+async def serving(pages: Pages) -> AsyncIterator[Client]:
     app = web.Application()
-    Pages().add_routes(app)
+    pages.add_routes(app)
     async with TestClient(TestServer(app), auto_decompress=False) as opened:
         yield opened
 
 
 async def names(client: Client) -> list[str]:
-    """The static files that the page names."""
-    answer = await client.get("/track/x", headers={"Accept-Encoding": "identity"})
-    return re.findall(r'"\.\.(/web/[^"]+)"', await answer.text())
+    """The static files that the pages name."""
+    texts = [await (await client.get(f"/{page}/x", headers={"Accept-Encoding": "identity"})).text() for page in PAGES]
+    return sorted(set(re.findall(r'"\.\.(/web/[^"]+)"', "".join(texts))))
 
 
-async def test_page_is_kept_by_nobody(client: Client) -> None:
-    answer = await client.get("/track/a-secret", headers={"Accept-Encoding": "identity"})
+@pytest.mark.parametrize("page", PAGES)
+async def test_page_is_kept_by_nobody(client: Client, page: str) -> None:
+    answer = await client.get(f"/{page}/a-secret", headers={"Accept-Encoding": "identity"})
     assert answer.status == 200
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
     assert answer.headers["Cache-Control"] == "no-store"
@@ -44,15 +56,19 @@ async def test_page_is_kept_by_nobody(client: Client) -> None:
     assert "ETag" not in answer.headers
     text = await answer.text()
     assert "a-secret" not in text
-    assert text == await (await client.get("/track/another", headers={"Accept-Encoding": "identity"})).text()
+    assert text == await (await client.get(f"/{page}/another", headers={"Accept-Encoding": "identity"})).text()
     assert not re.search(r"<style|style=|\son[a-z]+=|<script(?! src=)|https?:", text)
 
 
-async def test_policy_of_the_page(client: Client) -> None:
+def rules_of(answer: ClientResponse) -> dict[str, str]:
+    given = answer.headers["Content-Security-Policy"]
+    return dict(rule.strip().split(" ", 1) for rule in given.split(";"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+async def test_policy_of_the_page(client: Client, page: str) -> None:
     host = f"127.0.0.1:{client.port}"
-    given = (await client.get("/track/x")).headers["Content-Security-Policy"]
-    rules = dict(rule.strip().split(" ", 1) for rule in given.split(";"))
-    assert rules == {
+    assert rules_of(await client.get(f"/{page}/x")) == {
         "default-src": "'none'",
         "script-src": "'self'",
         "style-src": "'self'",
@@ -64,6 +80,42 @@ async def test_policy_of_the_page(client: Client) -> None:
         "require-trusted-types-for": "'script'",
         "trusted-types": "'none'",
     }
+
+
+@pytest.mark.parametrize("checkouts", [(Provider.RAZORPAY,), (Provider.STRIPE,), (Provider.STRIPE, Provider.RAZORPAY)])
+async def test_a_gateways_own_checkout_opens_on_the_payment_page_alone(checkouts: tuple[Provider, ...]) -> None:
+    async with serving(Pages(checkouts)) as client:
+        track, pay = await client.get("/track/x"), await client.get("/pay/x")
+    plain, open_to = rules_of(track), rules_of(pay)
+    assert "https:" not in str(plain)
+    assert plain["require-trusted-types-for"] == "'script'"
+    assert track.headers["Referrer-Policy"] == "no-referrer"
+    added = {word for rule in open_to.values() for word in rule.split()} - {
+        w for r in plain.values() for w in r.split()
+    }
+    hosts = {"razorpay": Provider.RAZORPAY in checkouts, "stripe": Provider.STRIPE in checkouts}
+    for name, offered in hosts.items():
+        assert any(f"{name}.com" in word for word in added) is offered
+    assert all(re.fullmatch(r"https://[a-z*.-]+\.(razorpay|stripe)\.com|'unsafe-inline'", word) for word in added), (
+        added
+    )
+    assert "'unsafe-inline'" not in open_to["script-src"]
+    for rule in ("default-src", "base-uri", "form-action", "frame-ancestors"):
+        assert open_to[rule] == "'none'"
+    # the host is told, the secret in the path never is
+    assert pay.headers["Referrer-Policy"] == "strict-origin"
+    assert pay.headers["Cross-Origin-Opener-Policy"] == "same-origin-allow-popups"
+    assert (pay.headers["Cache-Control"], pay.headers["X-Frame-Options"]) == ("no-store", "DENY")
+
+
+def test_the_payment_page_knows_minor_units_as_we_do() -> None:
+    script = (WEB / "pay.js").read_text()
+    told = {
+        code: int(digits)
+        for digits, codes in re.findall(r'^    (\d): "([A-Z ]+)"', script, re.MULTILINE)
+        for code in codes.split()
+    }
+    assert told == {code: digits for code, digits in EXPONENTS.items() if digits != 2}
 
 
 @pytest.mark.parametrize("host", ["", "a b", "a;script-src *", "evil.example *", "a\nb", "a'b", "[::1", "a:b"])
@@ -78,7 +130,7 @@ def test_host_is_named_in_the_policy(host: str) -> None:
 
 async def test_files_are_kept_for_good(client: Client) -> None:
     found = await names(client)
-    assert len(found) == 4
+    assert len(found) == 6
     for path in found:
         answer = await client.get(path, headers={"Accept-Encoding": "identity"})
         assert answer.status == 200
@@ -130,8 +182,10 @@ async def test_compression_is_negotiated(client: Client, accepted: str, zipped: 
     assert ("Content-Encoding" in answer.headers) is zipped
 
 
-def test_page_is_small() -> None:
-    assert sum((WEB / f"track.{kind}").stat().st_size for kind in ("html", "css", "js")) < OWN_BYTES_MAX
+@pytest.mark.parametrize("page", PAGES)
+def test_page_is_small(page: str) -> None:
+    files = {f"{page}.html", f"{page}.js", "track.css", f"{page}.css"}
+    assert sum((WEB / name).stat().st_size for name in files) < OWN_BYTES_MAX
 
 
 def test_socket_io_client_is_the_official_one() -> None:

@@ -1,4 +1,4 @@
-"""The daily report as a job: each gateway that is set up, its differences counted, and again when one does not answer."""
+"""The daily report as a job: its differences are counted, and it is made later when a gateway does not answer."""
 
 from __future__ import annotations
 

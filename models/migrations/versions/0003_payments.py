@@ -202,7 +202,9 @@ def upgrade() -> None:
         sa.Column("applied", sa.BigInteger(), nullable=False),
         sa.Column("fee", sa.BigInteger(), nullable=True),
         sa.Column("at", sa.DateTime(timezone=True), nullable=False),
-        sa.CheckConstraint("amount > 0 and applied >= 0 and applied <= amount", name=op.f("ck_captures_amounts")),
+        sa.CheckConstraint(
+            "amount > 0 and applied >= 0 and (applied <= amount or provider = 'cash')", name=op.f("ck_captures_amounts")
+        ),
         sa.ForeignKeyConstraint(["payment_id"], ["payments.id"], name=op.f("fk_captures_payment_id")),
         sa.PrimaryKeyConstraint("provider", "key", name=op.f("pk_captures")),
     )
@@ -259,7 +261,9 @@ def upgrade() -> None:
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("updated_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("settled_at", sa.DateTime(timezone=True), nullable=True),
-        sa.CheckConstraint("amount > 0 and applied >= 0 and applied <= amount", name=op.f("ck_refunds_amounts")),
+        sa.CheckConstraint(
+            "amount > 0 and applied >= 0 and (applied <= amount or provider = 'cash')", name=op.f("ck_refunds_amounts")
+        ),
         sa.ForeignKeyConstraint(["order_id"], ["orders.id"], name=op.f("fk_refunds_order_id")),
         sa.ForeignKeyConstraint(["payment_id"], ["payments.id"], name=op.f("fk_refunds_payment_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_refunds")),

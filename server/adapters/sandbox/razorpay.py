@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from server.adapters.sandbox import checkout
 from server.adapters.sandbox.courier import Courier, Parcel
 from server.adapters.sandbox.mischief import Mischief, meet_fault, mischief_routes
 from server.adapters.sandbox.razorpay_books import (
@@ -320,16 +320,8 @@ class RazorpaySandbox:
 
     async def _checkout(self, request: web.Request) -> web.Response:
         order = self.books.find_order(request.match_info["id"])
-        back = request.query.get("returnUrl", "")
-        shown = {
-            "orderId": order.id,
-            "amount": order.amount,
-            "currency": order.currency,
-            "status": order.status,
-            "returnUrl": back if urlsplit(back).scheme in ("http", "https") else "",
-        }
-        data = msgspec.json.encode(shown).decode().replace("<", "\\u003c")
-        return web.Response(text=PAGE_HTML.read_text().replace("__DATA__", data), content_type="text/html")
+        shown = {"orderId": order.id, "amount": order.amount, "currency": order.currency, "status": order.status}
+        return checkout.show(PAGE_HTML, shown, request.query.get("returnUrl", ""))
 
     async def _act(self, request: web.Request) -> web.Response:
         """pay, fail, cancel, begin or pay_late; body `{method?, afterS?}`."""

@@ -23,6 +23,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from server.adapters.sandbox import checkout
 from server.adapters.sandbox.courier import Courier, Parcel
 from server.adapters.sandbox.mischief import Fault, Mischief, meet_fault, mischief_routes
 from server.adapters.sandbox.stripe_books import SETTLES_S, Books, Object, Refusal, State, Stored, new_id
@@ -261,9 +262,7 @@ class StripeSandbox:
         if intent is None or not hmac.compare_digest(given.encode(), intent["client_secret"].encode()):
             raise web.HTTPNotFound
         shown = {name: intent[name] for name in ("id", "amount", "currency", "status", "description")}
-        shown["returnUrl"] = request.query.get("returnUrl", "")
-        data = json.dumps(shown).replace("<", "\\u003c")
-        return web.Response(text=PAGE.read_text().replace("__DATA__", data), content_type="text/html")
+        return checkout.show(PAGE, shown, request.query.get("returnUrl", ""))
 
     async def _act(self, request: web.Request) -> web.Response:
         intent_id = request.match_info["intent"]

@@ -6,8 +6,6 @@ Postgres in one round trip. A guard that lets nothing through is explained by a 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import datetime as dt
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -19,8 +17,9 @@ from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy import Text, literal_column, select, tuple_
 
 from handlers.context import Row, Tx
+from handlers.cursors import decode_cursor, encode_cursor, instant
 from handlers.ports import Closing
-from handlers.settlement import return_money
+from handlers.settlement import return_money, stop_payments
 from models.address import Address, Billing, Contact
 from models.base import Id, Later, LongText, Reason, Reference, ShortText, Strict, View, rfc3339
 from models.errors import Conflict, Invalid, NotFound, PaymentInProgress
@@ -319,14 +318,17 @@ async def list_orders(tx: Tx, actor: Actor, cmd: ListOrders) -> OrderPage:
         if (wanted := getattr(cmd, name)) is not UNSET:
             query = query.where(o.c[name] == wanted)
     if isinstance(cmd.from_, dt.datetime):
-        query = query.where(o.c.created_at >= _instant(cmd.from_, "/from"))
+        query = query.where(o.c.created_at >= instant(cmd.from_, "/from"))
     if isinstance(cmd.to, dt.datetime):
-        query = query.where(o.c.created_at < _instant(cmd.to, "/to"))
+        query = query.where(o.c.created_at < instant(cmd.to, "/to"))
     if isinstance(cmd.cursor, str):
-        query = query.where(tuple_(o.c.created_at, o.c.id) < tuple_(*_decode_cursor(cmd.cursor)))
+        query = query.where(tuple_(o.c.created_at, o.c.id) < tuple_(*decode_cursor(cmd.cursor)))
     rows = await tx.select(query.order_by(o.c.created_at.desc(), o.c.id.desc()).limit(cmd.limit + 1))
     page = rows[: cmd.limit]
-    return OrderPage([from_row(row) for row in page], _encode_cursor(page[-1]) if len(rows) > cmd.limit else None)
+    return OrderPage(
+        [from_row(row) for row in page],
+        encode_cursor(page[-1]["created_at"], page[-1]["id"]) if len(rows) > cmd.limit else None,
+    )
 
 
 async def export_orders(
@@ -341,28 +343,6 @@ async def export_orders(
         if found.next_cursor is None:
             return
         page = msgspec.structs.replace(page, cursor=found.next_cursor)
-
-
-def _instant(at: dt.datetime, pointer: str) -> dt.datetime:
-    """`at` in UTC. Raises Invalid: without its offset it is no instant, or Postgres' calendar does not know it."""
-    if at.tzinfo is None:
-        raise Invalid("A time needs its offset, as in 2026-11-21T00:00:00Z.", pointer)
-    try:
-        return at.astimezone(dt.UTC)
-    except OverflowError:
-        raise Invalid("This time is out of range.", pointer) from None
-
-
-def _encode_cursor(row: Row) -> str:
-    return base64.urlsafe_b64encode(row["created_at"].isoformat().encode() + b"|" + row["id"].bytes).decode()
-
-
-def _decode_cursor(cursor: str) -> tuple[dt.datetime, uuid.UUID]:
-    try:
-        at, _, order_id = base64.urlsafe_b64decode(cursor.encode("ascii")).partition(b"|")
-        return _instant(dt.datetime.fromisoformat(at.decode("ascii")), "/cursor"), uuid.UUID(bytes=order_id)
-    except (ValueError, binascii.Error, Invalid):
-        raise Invalid("This cursor is not one of ours; start again without it.", "/cursor") from None
 
 
 EVENTS = f"""
@@ -460,8 +440,11 @@ async def change_status(tx: Tx, actor: Actor, order_id: str, cmd: ChangeStatus) 
     return await _move(tx, actor, order_id, cmd.status, note, override is not None)
 
 
-async def cancel(tx: Tx, actor: Actor, order_id: str, cmd: Cancel) -> Order | TrackedOrder:
-    """Cancel the order: its customer until it is confirmed, the back office until it is ready.
+async def cancel(
+    tx: Tx, actor: Actor, order_id: str, cmd: Cancel, *, returns_money: bool = True
+) -> Order | TrackedOrder:
+    """Cancel the order: its customer until it is confirmed, the back office until it is ready. What was paid goes back,
+    unless the caller has decided how much does.
 
     Raises:
         NotFound, Forbidden, IllegalMove.
@@ -469,10 +452,18 @@ async def cancel(tx: Tx, actor: Actor, order_id: str, cmd: Cancel) -> Order | Tr
     require_role(actor, BACK_OFFICE | {Role.CUSTOMER, Role.GUEST}, "cancel an order")
     if actor.tracks_only:
         require_role(actor, (), "cancel an order with a tracking link")
-    return await _move(tx, actor, order_id, Status.CANCELLED, cmd.reason, False)
+    return await _move(tx, actor, order_id, Status.CANCELLED, cmd.reason, False, returns_money)
 
 
-async def _move(tx: Tx, actor: Actor, order_id: str, target: Status, note: str | None, override: bool) -> Order:
+async def _move(
+    tx: Tx,
+    actor: Actor,
+    order_id: str,
+    target: Status,
+    note: str | None,
+    override: bool,
+    returns_money: bool = True,
+) -> Order:
     if target is Status.CANCELLED:
         tx.atomically()  # with what it does to the order's money
     seen, now = sight(actor, order_id), tx.now()
@@ -496,7 +487,9 @@ async def _move(tx: Tx, actor: Actor, order_id: str, target: Status, note: str |
         order_id,
         [event(order_id, first + n, type_, now, "{}" if n else body) for n, type_ in enumerate(types)],
     )
-    if target is Status.CANCELLED:
+    if target is Status.CANCELLED and not returns_money:
+        await stop_payments(tx, order_id)
+    elif target is Status.CANCELLED:
         await return_money(tx, order_id, note or "cancelled", actor=actor)
     return order
 

@@ -17,6 +17,34 @@ Transactions = Callable[[], AbstractAsyncContextManager[Tx]]
 that are two short transactions around one gateway call."""
 
 
+class Once(Protocol):
+    """The caller's Idempotency-Key, for a verb that waits for a gateway between two transactions."""
+
+    async def begun(self, tx: Tx) -> Sequence[str]:
+        """The ids of what an earlier request with this key has begun, payments or refunds, so that it is carried on;
+        nothing: this is the first one. The first statement of the verb's first transaction, which then holds the key.
+
+        Raises:
+            models.errors.Conflict: a request with this key is in its first transaction. IdempotencyMismatch: the key
+            was used for another command.
+        """
+        ...
+
+    async def begin(self, tx: Tx, *subjects: str) -> None:
+        """Keep with the key, in the verb's first transaction, what is begun under it."""
+        ...
+
+
+class Done(NamedTuple):
+    """What a verb that waited for a gateway came to."""
+
+    status: int
+    """201 begun, 200 changed or the same again, 202 the outcome is open."""
+    result: Any
+    secret: str | None = None
+    """What the answer shows and nobody stores: Stripe's client secret, where it is known already."""
+
+
 class Closing(NamedTuple):
     """Of this order, the positions of this assignment and of earlier ones are not to be shown any more."""
 

@@ -18,9 +18,10 @@ from handlers.context import Row, Tx
 from handlers.jobs import enqueue
 from handlers.ports import Reservations
 from models.base import rfc3339
+from models.cash import Taken
 from models.errors import NotFound, NotRefundable
 from models.event import Event, Type, event
-from models.ledger import DISPUTES, FEES, ORDER_RECEIVABLE, REFUNDS_DUE, Post, balanced, money_of
+from models.ledger import DISPUTES, FEES, ORDER_RECEIVABLE, REFUNDS_DUE, ROUNDING, Post, balanced, money_of
 from models.order import Fulfilment, PaymentMethod, PaymentSummary, Status, due, payment_status, waits_for_payment
 from models.payment import (
     GATEWAYS,
@@ -313,8 +314,10 @@ select x, $1, $2, $3, $4 from unnest($5::text[]) as x"""
 WRITE_INPUT = """
 insert into payment_inputs (payment_id, at, source, actor, kind, before, after, detail)
 values ($1, $2, $3, $4, $5, $6, $7, $8)"""
+# What a worker tries just now is skipped: it may wait for the order that is locked here. It comes round by itself.
 WAKE_PARKED = """
-update webhooks set status = 'received', next_at = $2 where status = 'parked' and refs && array[$1]"""
+update webhooks set next_at = $2 where id = any (array(
+    select id from webhooks where status = 'parked' and refs && array[$1] for update skip locked))"""
 
 
 class RefundRow(msgspec.Struct):
@@ -373,6 +376,18 @@ class Book:
         self._hold_until(self.tx.now() + dt.timedelta(seconds=terms.payment_window_s))
         self._lifecycle.append("payment.created")
         self.tell_payment()
+
+    def resume(self, terms: Terms) -> bool:
+        """Somebody asks for the open payment again instead of another one: whether that changes anything. When less
+        than half of its window is left, the order is held for another one."""
+        payment, order, now = self.payment, self.order, self.tx.now()
+        resumed, payment.superseded = payment.superseded, False
+        half = now + dt.timedelta(seconds=terms.payment_window_s / 2)
+        if order.status is Status.PENDING and order.expires_at is not None and order.expires_at < half:
+            self._hold_until(now + dt.timedelta(seconds=terms.payment_window_s))
+            self.tell_payment()
+            return True
+        return resumed
 
     def _hold_until(self, at: dt.datetime) -> None:
         if self.order.status is Status.PENDING and self.order.expires_at is not None:
@@ -476,6 +491,35 @@ class Book:
         if self.order.status is Status.PENDING and self._paid_online():
             self.move(Status.CONFIRMED)
 
+    async def take_cash(self, taken: Taken, account: str) -> None:
+        """Book cash that came into `account`: it settles `taken.applied`, in the coins there were for it."""
+        payment = self.payment
+        await self._write_payment()  # the capture names it
+        payment.attempted = True
+        self.order.paid += taken.applied
+        payment.captured += taken.amount
+        await self.tx.one(
+            ADD_CAPTURE,
+            payment.provider,
+            str(payment.id),
+            payment.id,
+            taken.amount,
+            payment.currency,
+            taken.applied,
+            None,
+            self.tx.now(),
+        )
+        self.post(
+            "cash",
+            payment.currency,
+            Post(account, taken.amount),
+            Post(ORDER_RECEIVABLE, -taken.applied),
+            Post(ROUNDING, taken.rounding),
+        )
+        self._complete(None)
+        if self.order.status is Status.PENDING and self._paid_online():
+            self.move(Status.CONFIRMED)
+
     async def _apply(self, amount: int, house: House) -> tuple[int, Cause | None]:
         """How much of `amount` the order is owed, and why the rest, or all of it, goes back."""
         order = self.order
@@ -526,9 +570,11 @@ class Book:
         reference: str | None = None,
         lines: Sequence[tuple[int, int, int]] = (),
         delivery: int = 0,
+        after_s: float = 0,
     ) -> list[uuid.UUID]:
-        """Reserve `amount` of what came (minor units of the payment's currency); a job carries it out. One refund for
-        each capture that it is taken from, newest first: nearly always one. `lines`: (position, quantity, amount).
+        """Reserve `amount` of what came (minor units of the payment's currency); a job carries it out, not before
+        `after_s`. One refund for each capture that it is taken from, newest first: nearly always one. `lines`:
+        (position, quantity, amount).
 
         Raises:
             NotRefundable: more than came and is neither back, nor on its way, nor in dispute.
@@ -546,13 +592,15 @@ class Book:
                     row["key"],
                     payment.currency,
                     part,
-                    min(part, row["applied_left"]),
+                    # cash settled what was due in the coins there were, and so does its last refund
+                    row["applied_left"] if part == row["left"] else min(part, row["applied_left"]),
                     reason=reason,
                     channel=channel,
                     requested_by=requested_by,
                     reference=reference,
                     lines=() if made else lines,
                     delivery=0 if made else delivery,
+                    after_s=after_s,
                 )
             )
             amount -= part
@@ -599,7 +647,9 @@ class Book:
             await self.tx.one(ADD_REFUND_LINES, refund_id, *map(list, zip(*lines, strict=True)))
         if currency == payment.currency:
             payment.reserved += amount
-        owed = (Post(ORDER_RECEIVABLE, applied), Post(REFUNDS_DUE, -applied))
+        # what was too much lies in the refunds due already
+        rounding = amount - applied if cause is None else 0
+        owed = (Post(ORDER_RECEIVABLE, applied), Post(REFUNDS_DUE, -applied - rounding), Post(ROUNDING, rounding))
         self.post("refund_reserved", currency, *owed, refund_id=refund_id)
         if channel is Channel.ORIGINAL and payment.provider in GATEWAYS and requested_by != AT_GATEWAY:
             await enqueue(self.tx, "refund", str(refund_id), after_s=after_s)
@@ -634,7 +684,7 @@ class Book:
             (refund_id, *_) = await self.reserve(news.amount, AT_GATEWAY, capture_key=key, requested_by=AT_GATEWAY)
             rows = [_refund(row) for row in await self.tx.all(REFUNDS_OF, self.payment.id)]
             found = next(row for row in rows if row.id == refund_id)
-        await self.settle_refund(found, refund_after(found.status, news.report), news.gateway_refund_id, news.failure)
+        await self.settle_refund(found, _refund_after(found, news), news.gateway_refund_id, news.failure)
 
     async def settle_refund(
         self,
@@ -658,6 +708,8 @@ class Book:
             reference,
         )
         if succeeded == was:
+            if status is RefundStatus.FAILED and row.status is not status:
+                self.tell_payment()  # whoever waits for it looks again
             return
         sign = 1 if succeeded else -1
         if row.currency == payment.currency:
@@ -767,10 +819,7 @@ class Book:
         """Write everything. `kind` and `detail` (what JSON can hold) are kept in the payment's history."""
         payment, now = self.payment, self.tx.now()
         payment.updated_at = now
-        if self._is_new:
-            await self.tx.one(INSERT_PAYMENT, *(getattr(payment, name) for name in _COLUMNS))
-        else:
-            await self.tx.one(UPDATE_PAYMENT, payment.id, *(getattr(payment, name) for name in _MUTABLE))
+        await self._write_payment()
         await self.write_order()
         await self._write_ledger(note)
         if self._lifecycle:
@@ -788,6 +837,14 @@ class Book:
             _json(detail),
         )
         return Settled(str(payment.id), self.order_id, self._before or payment.status, payment.status)
+
+    async def _write_payment(self) -> None:
+        payment = self.payment
+        if self._is_new:
+            await self.tx.one(INSERT_PAYMENT, *(getattr(payment, name) for name in _COLUMNS))
+            self._is_new = False
+        else:
+            await self.tx.one(UPDATE_PAYMENT, payment.id, *(getattr(payment, name) for name in _MUTABLE))
 
     async def write_order(self) -> None:
         """Write the order and its events alone: for verbs that change no payment."""
@@ -908,17 +965,18 @@ def _capture_key(news: News) -> str | None:
 
 
 async def tell_refund(
-    tx: Tx, refund_id: str, news: RefundNews, source: Source, *, actor: Actor | None = None
+    tx: Tx, refund_id: str, attempt: int, news: RefundNews, source: Source, *, actor: Actor | None = None
 ) -> Settled:
-    """Book what became of a refund that we asked for.
+    """Book what became of a refund that we asked for. `attempt`: which of its attempts the news is about; when another
+    one has begun meanwhile, it is no news of the refund any more.
 
     Raises:
         NotFound.
     """
     tx.atomically()
     book, row = await open_refund(tx, refund_id)
-    if news.gateway_refund_id not in row.earlier:
-        await book.settle_refund(row, refund_after(row.status, news.report), news.gateway_refund_id, news.failure)
+    if attempt == row.attempt and news.gateway_refund_id not in row.earlier:
+        await book.settle_refund(row, _refund_after(row, news), news.gateway_refund_id, news.failure)
     return await book.close(source, f"refund.{news.report}", news, actor=actor)
 
 
@@ -940,6 +998,13 @@ async def open_refund(tx: Tx, refund_id: str) -> tuple[Book, RefundRow]:
     return book, _refund(row)
 
 
+def _refund_after(row: RefundRow, news: RefundNews) -> RefundStatus:
+    """The status after news of it. A refund that was refused has no id; when the gateway has made it all the same, that
+    is the first news of it."""
+    refused = row.status is RefundStatus.FAILED and row.gateway_refund_id is None and news.gateway_refund_id
+    return refund_after(RefundStatus.PENDING if refused else row.status, news.report)
+
+
 def _refund(row: Row) -> RefundRow:
     names = RefundRow.__struct_fields__
     return msgspec.convert({name: row[name] for name in names}, RefundRow, builtin_types=(uuid.UUID, dt.datetime))
@@ -948,15 +1013,21 @@ def _refund(row: Row) -> RefundRow:
 PAYMENTS_OF_ORDER = "select id, provider, status from payments where order_id = $1 order by created_at, id"
 
 
+async def stop_payments(tx: Tx, order_id: str) -> None:
+    """Let nobody pay the order any more, as far as its gateways can do that."""
+    for row in await tx.all(PAYMENTS_OF_ORDER, uuid.UUID(order_id)):
+        if row["status"] in OPEN and row["provider"] in GATEWAYS:
+            await enqueue(tx, "cancel_payment", str(row["id"]))
+
+
 async def return_money(tx: Tx, order_id: str, reason: str, *, actor: Actor | None = None) -> None:
     """What a cancelled order does to its money: what came goes back, and nobody may pay it any more. Call it in the
     transaction of the cancel.
 
     Cash goes back by hand: its refund waits for staff among the refunds due.
     """
+    await stop_payments(tx, order_id)
     for row in await tx.all(PAYMENTS_OF_ORDER, uuid.UUID(order_id)):
-        if row["status"] in OPEN and row["provider"] in GATEWAYS:
-            await enqueue(tx, "cancel_payment", str(row["id"]))
         book = await open_book(tx, str(row["id"]))
         refundable = book.payment.money.refundable
         if refundable:

@@ -20,10 +20,10 @@ idempotency_keys = Table(
     Column("key", Text, primary_key=True),
     # sha-256 of the parsed command: another command under the same key is refused
     Column("fingerprint", LargeBinary, nullable=False),
-    # both empty while the verb waits for a gateway: then `subject` is the payment or refund that a repeat carries on
+    # both empty while the verb waits for a gateway: then `subjects` are the payment or refunds that a repeat carries on
     Column("status", Integer),
     Column("answer", Text),
-    Column("subject", Uuid),
+    Column("subjects", ARRAY(Uuid)),
     Column("created_at", UtcTime, nullable=False),
     Index("ix_idempotency_keys_created_at", "created_at"),
 )
@@ -62,6 +62,15 @@ webhooks = Table(
     Column("reason", Text),
     UniqueConstraint("provider", "event_id", name="uq_webhooks_event"),
     Index("ix_webhooks_due", "next_at", postgresql_where=text("status in ('received', 'parked')")),
-    Index("ix_webhooks_status", "status", text("received_at desc"), text("id desc")),
+    # A signed body can be sent again under another event id, which Razorpay does not sign: it is the same webhook.
+    Index("uq_webhooks_body", "provider", text("sha256(body)"), unique=True),
+    Index("ix_webhooks_newest", text("received_at desc"), text("id desc")),
+    Index(
+        "ix_webhooks_status",
+        "status",
+        text("received_at desc"),
+        text("id desc"),
+        postgresql_where=text("status <> 'applied'"),
+    ),
     Index("ix_webhooks_parked", "refs", postgresql_using="gin", postgresql_where=text("status = 'parked'")),
 )

@@ -576,3 +576,9 @@ def require_role(actor: Actor, allowed: Iterable[Role], doing: str) -> None:
     """Raises Forbidden: the role never does this, whatever the order."""
     if actor.role not in allowed:
         raise Forbidden(f"The role {actor.role} may not {doing}.")
+
+
+def require_all_orders(actor: Actor, doing: str) -> None:
+    """Raises Forbidden: the token was narrowed to some orders, and what is asked tells of all."""
+    if actor.orders is not None:
+        raise Forbidden(f"A token for some orders only may not {doing}.")

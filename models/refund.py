@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from models.base import Amount, Time, UtcTime, UuidText, View, metadata
+from models.errors import NotRefundable
 from models.payment import Failure, RefundReport
 
 
@@ -81,7 +83,7 @@ refunds = Table(
     Column("updated_at", UtcTime, nullable=False),
     Column("settled_at", UtcTime),
     UniqueConstraint("provider", "gateway_refund_id", name="uq_refunds_gateway_refund"),
-    CheckConstraint("amount > 0 and applied >= 0 and applied <= amount", name="amounts"),
+    CheckConstraint("amount > 0 and applied >= 0 and (applied <= amount or provider = 'cash')", name="amounts"),
     Index("ix_refunds_payment", "payment_id"),
     Index("ix_refunds_order", "order_id"),
     Index("ix_refunds_settled", "settled_at"),
@@ -145,3 +147,49 @@ class Money(msgspec.Struct, frozen=True):
     def refundable(self) -> int:
         """Never more than came and is neither back, nor on its way back, nor in dispute."""
         return max(0, self.captured - self.refunded - self.reserved - self.disputed)
+
+
+def line_share(total: int, quantity: int, units_before: int, refunded_before: int, units: int) -> int:
+    """What goes back for `units` more of a line of `quantity` units that cost `total` minor units, when `units_before`
+    went back for `refunded_before`: the floor of their share of the total, less what was refunded. So the last unit
+    takes what rounding left, and no sequence of partial refunds gives back more, or less, than the line cost.
+
+    Raises:
+        ValueError: there are not so many units left.
+    """
+    if units < 1 or units_before + units > quantity:
+        raise ValueError(f"{units} of {quantity - units_before} units")
+    return max(0, total * (units_before + units) // quantity - refunded_before)
+
+
+def spread(amount: int, refundable: Sequence[int]) -> list[int]:
+    """How much of `amount` goes back from each of several sums, the first ones first and none above what it holds.
+
+    Raises:
+        NotRefundable: together they hold less.
+    """
+    if amount > sum(refundable):
+        raise NotRefundable("There is not so much to refund.", sum(refundable))
+    parts = []
+    for holds in refundable:
+        parts.append(min(amount, holds))
+        amount -= parts[-1]
+    return parts
+
+
+def allot(lines: Sequence[RefundedLine], amounts: Sequence[int]) -> list[list[RefundedLine]]:
+    """Which lines each of several refunds stands for, when one refund of `lines` is made as refunds of `amounts`.
+
+    A line that two of them share is in both with its share of the money; its units are counted in the first.
+    """
+    left, found = [(line.line_id, line.quantity, line.amount) for line in reversed(lines)], []
+    for amount in amounts:
+        mine: list[RefundedLine] = []
+        while left and (amount > 0 or left[-1][2] == 0):
+            line_id, quantity, owed = left.pop()
+            mine.append(RefundedLine(line_id=line_id, quantity=quantity, amount=min(owed, amount)))
+            if owed > amount:
+                left.append((line_id, 0, owed - amount))
+            amount -= mine[-1].amount
+        found.append(mine)
+    return found

@@ -14,25 +14,33 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from handlers.payments import Desk
+from handlers.settlement import House
 from models.errors import Forbidden, Unavailable
 from server import docs, metrics, migrate
 from server.auth import Authenticator
 from server.db import Database
 from server.doors import FORGET, Doors
 from server.edges import Edges
+from server.gateways import GatewayRoom
 from server.health import Health, watch_loop_lag
+from server.house import AllThere, terms_of
 from server.limits import SPEND, Limits
 from server.locations import Locations
 from server.outbox import CONTROL, Outbox, order_channel
 from server.pages import Pages
+from server.payments import PaymentVerbs
 from server.presence import Presence
 from server.realtime.bus import Bus
 from server.realtime.positions import SHOW, PositionLane
-from server.rest import Rest, add_routes, edge
+from server.rest import API, Rest, add_routes, edge
 from server.revocations import RevocationWatch
 from server.settings import CannotStart, Settings
 from server.sockets import Sockets
 from server.timeouts import Site
+from server.webhooks import WebhookDoor
+from server.workers.inbox import Inbox
+from server.workers.jobs import Jobs
 from server.workers.relay import Relay
 from server.workers.trail import Trail
 
@@ -82,6 +90,14 @@ def bind(settings: Settings) -> socket.socket:
     raise CannotStart(f"Ports {DEFAULT_PORT} to {candidate} are all taken: set PORT to a free one.")
 
 
+def own_address(listener: socket.socket) -> str:
+    """The URL under which this machine reaches the listener."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 class Process:
     """One process: it `serves` requests, `works` off what was left, or both. `migrates`: before it serves."""
 
@@ -116,6 +132,9 @@ class Process:
             keep_s=settings.location_keep_s,
         )
         self.outbox = Outbox(self.database, self.bus, lane)
+        self.gateway_room = GatewayRoom(settings, utc_now, simulates=serves and works)
+        self.gateways = self.gateway_room.gateways
+        self.house = House(terms_of(settings), AllThere())
         self.authenticator = Authenticator(settings)
         self.trail = Trail(
             self.database,
@@ -146,6 +165,7 @@ class Process:
             watched=self.sockets.rooms.watched,
         )
         self.sockets.rooms.on_members = self.presence.changed
+        self.inbox = Inbox(settings, self.database, self.outbox, self.gateways, self.house)
         self.rest = Rest(
             settings,
             doors,
@@ -154,6 +174,8 @@ class Process:
             self.locations,
             self.limits,
             self.presence,
+            WebhookDoor(settings, self.database, self.gateways, self.limits, self.inbox.wake),
+            PaymentVerbs(doors, Desk(doors.transaction, self.gateways, self.house)),
             lambda revoked: self.revocations.tell(revoked),
             lambda: self.health.revocations.is_set(),
         )
@@ -164,6 +186,7 @@ class Process:
             grace_ms=settings.relay_grace_ms,
             batch_max=settings.relay_batch_max,
         )
+        self.jobs = Jobs(self.database, settings, [])
         self.health = Health(settings, self.database, self.bus, self.sockets.rooms)
         self.health.loops_running = self._loops_running
         self._tasks: list[asyncio.Task[None]] = []
@@ -184,6 +207,7 @@ class Process:
     async def start(self) -> None:
         """Listen, then get ready in the background: a data server that does not answer yet is waited for."""
         await self.authenticator.start()
+        await self.gateway_room.start(f"{own_address(self._listener)}{API}/webhooks")
         self.bus.subscribe(CONTROL)
         self._loop("postgres", self.database.run())
         self._loop("redis", self.bus.run())
@@ -199,14 +223,20 @@ class Process:
             self._loop("trail", self.trail.run())
         if self._works:
             self._loop("relay", self._when_schema_is_there(self.relay.run))
+            self._loop("inbox", self._when_schema_is_there(self.inbox.run))
+            self._loop("left webhooks", self._when_schema_is_there(self.inbox.watch_backlog))
             self._loop("old positions", self._when_schema_is_there(self.trail.sweep))
+            self._loop("jobs", self._when_schema_is_there(self.jobs.run))
+            self._loop("schedules", self._when_schema_is_there(self.jobs.keep_time))
+            self._loop("jobs that wait", self._when_schema_is_there(self.jobs.watch))
             self._loop("keys", self._when_schema_is_there(self._forget_old_keys))
         await self._listen()
 
     async def stop(self) -> None:
-        """Drain: no new work, clients sent elsewhere, requests answered, what was sent marked. Bounded by
-        `DRAIN_TIMEOUT_S`."""
+        """Drain: no new work, clients sent elsewhere, requests answered, what was sent marked, jobs ended. Bounded
+        by `DRAIN_TIMEOUT_S`."""
         self.health.draining = True
+        self.jobs.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.settings.drain_timeout_s):
                 self.sockets.rooms.close()
@@ -218,13 +248,18 @@ class Process:
                 if self._runner is not None:
                     await self._runner.cleanup()
                 self.presence.close()
+                await self.inbox.close()
                 with contextlib.suppress(Exception):
                     await self.bus.answered()  # so that what was published is marked
                 await self.outbox.flush()
                 await self.trail.flush()
+                if self._works and self.health.schema.is_set():
+                    await self.jobs.drained()
+        self.jobs.abandon()
         for task in reversed(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.gateway_room.stop()
         await self.database.close()
         await self.authenticator.stop()
 

@@ -48,6 +48,9 @@ GONE = (
 )
 """What asyncpg raises when Postgres does not answer, starts, stops or is full: news of the link, not of the query."""
 
+BUSY = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
+"""What Postgres says when a row is held by somebody else for too long, or by each other."""
+
 _SHUT_OUT = (*GONE, asyncpg.PostgresError)
 """What may end an attempt to connect: besides, Postgres may refuse us, or have no such database yet."""
 
@@ -80,6 +83,8 @@ class Transaction:
         connection = self._connection or await self._begin()
         try:
             row: Row | None = await connection.fetchrow(statement, *args)
+        except BUSY as error:
+            raise Unavailable("Somebody else holds this for too long.") from error
         except GONE as error:
             raise self._lost(error) from error
         return row
@@ -88,6 +93,8 @@ class Transaction:
         connection = self._connection or await self._begin()
         try:
             rows: Sequence[Row] = await connection.fetch(statement, *args)
+        except BUSY as error:
+            raise Unavailable("Somebody else holds this for too long.") from error
         except GONE as error:
             raise self._lost(error) from error
         return rows
@@ -211,6 +218,12 @@ class Database:
             return await self._pool.acquire(timeout=self._timeout_s)
         except _SHUT_OUT as error:
             raise self.lost(error) from error
+
+    async def connect(self) -> Any:
+        """A connection outside the pool, for whoever listens; closing it is the caller's. Raises what `GONE` names."""
+        return await asyncpg.connect(
+            self._url, timeout=self._timeout_s, command_timeout=self._timeout_s, statement_cache_size=0
+        )
 
     def connections(self) -> dict[str, int]:
         """How many connections work for somebody now, and how many wait."""

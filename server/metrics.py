@@ -55,6 +55,34 @@ connections_cut = Counter(
 )
 events_unsent = Gauge("waybill_events_unsent", "Order events that are not marked as sent.")
 oldest_unsent = Gauge("waybill_oldest_unsent_seconds", "Age of the oldest of them; 0 when there is none.")
+jobs = Counter(
+    "waybill_jobs_total",
+    "Runs of background jobs: done, asked_again, retried after a failure, dead, parked; taken_over from a dead worker.",
+    ["name", "outcome"],
+)
+job_seconds = Histogram(
+    "waybill_job_seconds",
+    "How long runs of background jobs take.",
+    ["name"],
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
+jobs_waiting = Gauge("waybill_jobs_waiting", "Background jobs that are due and not begun.")
+oldest_job = Gauge("waybill_oldest_job_seconds", "How long the oldest of them is overdue; 0 when there is none.")
+jobs_held = Gauge("waybill_jobs_held", "Background jobs that nobody runs until staff decides: dead or parked.", ["why"])
+webhooks_received = Counter(
+    "waybill_webhooks_received_total",
+    "Webhooks at the door: stored, repeated, unsigned (its signature is wrong), not_stored.",
+    ["provider", "outcome"],
+)
+webhooks_tried = Counter(
+    "waybill_webhooks_tried_total",
+    "Tries to apply a webhook: applied, parked, failed, dead, away (Postgres did not answer), taken by somebody else.",
+    ["provider", "outcome"],
+)
+webhooks_left = Gauge("waybill_webhooks_left", "Webhooks that are not applied: parked, or dead.", ["why"])
+oldest_webhook = Gauge(
+    "waybill_oldest_webhook_seconds", "How long the webhook that waits longest is due; 0 when none is."
+)
 bus_up = Gauge("waybill_bus_up", "1 while Redis answers.")
 bus_losses = Counter("waybill_bus_losses_total", "How often Redis was lost.")
 bus_passed_over = Counter(

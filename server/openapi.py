@@ -43,7 +43,11 @@ does not exist answers 404 `not_found`, a method that an address does not have 4
 
 PARAMETERS: dict[str, JsonSchema] = {
     "order_id": {"description": "`id` of an order", "schema": {"type": "string", "format": "uuid"}},
+    "agent_id": {"description": "`sub` of an agent", "schema": {"type": "string", "minLength": 1, "maxLength": 200}},
     "link_id": {"description": "`id` of a link", "schema": {"type": "string", "format": "uuid"}},
+    "payment_id": {"description": "`id` of a payment", "schema": {"type": "string", "format": "uuid"}},
+    "job_id": {"description": "`id` of a background job", "schema": {"type": "string", "pattern": "^[0-9]{1,19}$"}},
+    "webhook_id": {"description": "`id` of a webhook", "schema": {"type": "string", "format": "uuid"}},
 }
 """What stands in the braces of a path."""
 
@@ -229,6 +233,12 @@ def _operation(
                 }
             },
         }
+    if route.signed:
+        operation["requestBody"] = {
+            "description": "The event, byte for byte as the gateway signed it.",
+            "required": True,
+            "content": {"application/json": {"schema": {"type": "object"}, "examples": {}}},
+        }
     good: dict[str, Any] = {"description": HTTPStatus(route.status).phrase, "headers": _headers()}
     if route.media != "application/json":
         good["headers"] |= _headers("Content-Disposition")
@@ -239,6 +249,8 @@ def _operation(
     for kind in refusals(route):
         by_status.setdefault(kind.status, []).append(kind)
     operation["responses"] = {str(route.status): good}
+    for other in route.also:
+        operation["responses"][str(other)] = {**good, "description": HTTPStatus(other).phrase}
     for status, kinds in by_status.items():
         name = "Or".join(kind.__name__ for kind in kinds)
         responses[name] = _refusal(status, kinds)

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Hashable
 from functools import cache, partial
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -17,17 +17,29 @@ from aiohttp import hdrs, web
 from msgspec import Meta
 from msgspec import inspect as info
 
-from handlers import links, orders, tracking, users
+from handlers import audit, cash, jobs, links, orders, reports, tracking, users, webhooks
+from handlers.checkout import StartPayment
 from handlers.context import Tx
+from handlers.payment_lists import ListPayments, PaymentFilters, PaymentHistory, PaymentPage, ReadHistory
+from handlers.payments import AnnotatePayment, CapturePayment, ConfirmPayment, Nothing, VerifyPayment
 from models.base import Time, UuidText, rfc3339
 from models.errors import (
+    AlreadyPaid,
+    AmountMismatch,
+    AmountTooSmall,
+    BadSignature,
     Conflict,
+    CurrencyMismatch,
     Forbidden,
+    GatewayError,
     IllegalMove,
+    InvalidSignature,
     LinkExpired,
     Malformed,
+    MoneyMoved,
     NotFound,
     OrderClosed,
+    PaymentDeclined,
     PaymentInProgress,
     PaymentRequired,
     Refused,
@@ -37,18 +49,37 @@ from models.errors import (
     UnsupportedMedia,
 )
 from models.order import Order, TrackedOrder
+from models.payment import Payment, Provider
 from models.position import Position
 from models.user import Actor, Role, Scope
 from server import csv_export, metrics
 from server.auth import Authenticator, bearer, secret_digest
+from server.books import Books
 from server.doors import Answer, Doors, Verb, convert, decode
 from server.edges import CALLER
 from server.limits import Limits
 from server.locations import Locations
+from server.payments import (
+    PaymentVerbs,
+    ReadPayment,
+    annotate_payment,
+    cancel_payment,
+    capture_payment,
+    confirm_payment,
+    export_payments,
+    list_payments,
+    payment_history,
+    read_payment,
+    reconcile_payment,
+    start_payment,
+    verify_payment,
+    void_payment,
+)
 from server.presence import Presence
 from server.settings import Settings
 from server.snapshots import ToldEvent, listed
 from server.sockets import CHANGE_STATUS, NextInterval, Sockets
+from server.webhooks import Stored, WebhookDoor
 
 log = structlog.get_logger()
 
@@ -65,6 +96,19 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
+class Seen(Protocol):
+    """Something of an order, and the number of the order's last event before it was read."""
+
+    @property
+    def order_id(self) -> str: ...
+
+    @property
+    def seq(self) -> int: ...
+
+
+SeenT = TypeVar("SeenT", bound=Seen)
+
+
 class Rest:
     """The functions behind the routes, and what they need."""
 
@@ -77,6 +121,8 @@ class Rest:
         locations: Locations,
         limits: Limits,
         presence: Presence,
+        webhook_door: WebhookDoor,
+        payments: PaymentVerbs,
         on_revoked: Callable[[users.Revoked], None],
         takes_requests: Callable[[], bool],
     ) -> None:
@@ -87,7 +133,10 @@ class Rest:
         self._locations = locations
         self._limits = limits
         self._presence = presence
+        self._webhook_door = webhook_door
+        self.payments = payments
         self._on_revoked = on_revoked
+        self._books = Books(settings)
         self._takes_requests = takes_requests
         self.public_url = settings.public_url
         """What links start with; the process fills it in when it knows its port."""
@@ -136,6 +185,24 @@ class Rest:
         async with self._doors.database.statement() as tx:
             return answer(await orders.read(tx, call.actor, call.order_id))
 
+    async def wait_for(
+        self, call: Call, look: Callable[[], Awaitable[SeenT]], enough: Callable[[SeenT], bool], wait_s: int
+    ) -> SeenT:
+        """What `look` sees, once it is `enough`, or when `wait_s` (cut to `LONG_POLL_MAX_S`) is over or the instance
+        drains. It looks whenever something happens to the order, and holds nothing meanwhile."""
+        found = await look()
+
+        async def again() -> tuple[bool, int]:
+            nonlocal found
+            self._authenticator.check(call.actor)  # whoever has waited may have lost the right to see
+            found = await look()
+            return enough(found), found.seq
+
+        if wait_s and not enough(found):
+            wait_s = min(wait_s, self._settings.long_poll_max_s)
+            await self._sockets.rooms.wait(found.order_id, again, wait_s)
+        return found
+
     async def events(self, call: Call) -> web.Response:
         """The order's events. `wait` holds the request, but no database connection, until there are some."""
         asked: ReadEvents = call.command
@@ -171,6 +238,33 @@ class Rest:
         async with self._doors.database.statement() as tx:
             await tracking.permit_count(tx, call.actor, call.order_id)
         return answer(Watchers(await self._presence.watchers(call.order_id)))
+
+    # cash and reports
+
+    async def take_cash(self, call: Call) -> web.Response:
+        given = await self.perform(call, self._books.take_cash)
+        return web.Response(status=given.status, body=given.body, content_type="application/json")
+
+    async def agent_cash(self, call: Call) -> web.Response:
+        agent_id = call.request.match_info["agent_id"]
+        async with self._doors.database.statement() as tx:
+            return answer(await cash.read_agent_cash(tx, call.actor, agent_id, call.command))
+
+    async def daily_stats(self, call: Call) -> web.Response:
+        async with self._doors.database.statement() as tx:
+            return answer(await reports.daily_stats(tx, call.actor, call.command, self._books.calendar))
+
+    async def analytics(self, call: Call) -> web.Response:
+        async with self._doors.database.statement() as tx:
+            return answer(await reports.analytics(tx, call.actor, call.command, self._books.calendar))
+
+    async def trial_balance(self, call: Call) -> web.Response:
+        async with self._doors.database.statement() as tx:
+            return answer(await reports.trial_balance(tx, call.actor, call.command))
+
+    async def list_audit(self, call: Call) -> web.Response:
+        async with self._doors.database.statement() as tx:
+            return answer(await audit.list_audit(tx, call.actor, call.command))
 
     # links and tokens
 
@@ -216,12 +310,55 @@ class Rest:
         self._on_revoked(msgspec.json.decode(given.body, type=users.Revoked))
         return web.Response(status=204)
 
+    # webhooks
+
+    async def razorpay_webhook(self, call: Call) -> web.Response:
+        return await self._webhook_door.receive(call.request, Provider.RAZORPAY)
+
+    async def stripe_webhook(self, call: Call) -> web.Response:
+        return await self._webhook_door.receive(call.request, Provider.STRIPE)
+
+    async def list_webhooks(self, call: Call) -> web.Response:
+        async with self._doors.database.statement() as tx:
+            return answer(await webhooks.list_webhooks(tx, call.actor, call.command))
+
+    async def retry_webhook(self, call: Call) -> web.Response:
+        response = await self._decide_webhook(call, RETRY_WEBHOOK)
+        self._webhook_door.wake()
+        return response
+
+    async def dismiss_webhook(self, call: Call) -> web.Response:
+        return await self._decide_webhook(call, DISMISS_WEBHOOK)
+
+    async def _decide_webhook(self, call: Call, verb: Verb) -> web.Response:
+        webhook_id, key = call.request.match_info["webhook_id"], call.request.headers.get("Idempotency-Key")
+        given = await self._doors.perform(verb, call.actor, webhook_id, call.command, key=key)
+        return web.Response(status=given.status, body=given.body, content_type="application/json")
+
+    # background jobs
+
+    async def list_jobs(self, call: Call) -> web.Response:
+        async with self._doors.database.statement() as tx:
+            return answer(await jobs.list_jobs(tx, call.actor, call.command))
+
+    async def retry_job(self, call: Call) -> web.Response:
+        return await self._decide_job(call, RETRY_JOB)
+
+    async def dismiss_job(self, call: Call) -> web.Response:
+        return await self._decide_job(call, DISMISS_JOB)
+
+    async def _decide_job(self, call: Call, verb: Verb) -> web.Response:
+        job_id, key = call.request.match_info["job_id"], call.request.headers.get("Idempotency-Key")
+        return written(await self._doors.perform(verb, call.actor, job_id, call.command, key=key))
+
     # every route
 
     async def handle(self, route: Route, request: web.Request) -> web.StreamResponse:
         """Who asks, what is asked, then the route's verb or function."""
         if not self._takes_requests():
             raise Unavailable("This instance is starting; try again.")
+        if route.signed:
+            return await route.run(self, Call(request, NOBODY, "", None))  # type: ignore[operator]  # never a Verb
         actor = NOBODY
         if route.public:
             await self._limits.stranger(request)
@@ -333,10 +470,14 @@ class Route(NamedTuple):
     status: int = 200
     refuses: tuple[type[Refused], ...] = ()
     public: bool = False
+    also: tuple[int, ...] = ()
+    """Other good statuses of the same answer: 200 for what is there already, 202 while the outcome is open."""
     body: Any = None
     """The body for the documents, where the route reads it itself and `takes` is wider."""
     keyless: bool = False
     """An Idempotency-Key changes nothing here."""
+    signed: bool = False
+    """Public, and signed by whoever sends it: the route reads the raw body, and counts only what is not signed."""
     media: str = "application/json"
     """What the answer is written in; as text/csv, `gives` is what one row shows."""
 
@@ -345,6 +486,11 @@ QUOTE = Verb("quote", orders.quote)
 CANCEL = Verb("cancel", orders.cancel)
 ASSIGN = Verb("assign", orders.assign, before=orders.before_assign)
 REVOKE = Verb("revoke", users.revoke)
+RETRY_JOB = Verb("retry_job", jobs.retry_job)
+DISMISS_JOB = Verb("dismiss_job", jobs.dismiss_job)
+RETRY_WEBHOOK = Verb("retry_webhook", webhooks.retry_webhook)
+DISMISS_WEBHOOK = Verb("dismiss_webhook", webhooks.dismiss_webhook)
+HAND_OVER = Verb("hand_over", cash.hand_over, status=201)
 
 ROUTES = [
     Route("POST", "/orders", Rest.place, "Place an order", orders.Place, Order, 201, (Forbidden, Conflict)),
@@ -495,12 +641,335 @@ ROUTES = [
         204,
         (Forbidden,),
     ),
+    Route(
+        "POST",
+        "/webhooks/razorpay",
+        Rest.razorpay_webhook,
+        "For Razorpay: store a webhook, signed by `X-Razorpay-Signature`",
+        None,
+        Stored,
+        200,
+        (BadSignature, NotFound, TooLarge),
+        public=True,
+        keyless=True,
+        signed=True,
+    ),
+    Route(
+        "POST",
+        "/webhooks/stripe",
+        Rest.stripe_webhook,
+        "For Stripe: store a webhook, signed by `Stripe-Signature`",
+        None,
+        Stored,
+        200,
+        (BadSignature, NotFound, TooLarge),
+        public=True,
+        keyless=True,
+        signed=True,
+    ),
+    Route(
+        "GET",
+        "/webhooks",
+        Rest.list_webhooks,
+        "The webhooks that gateways sent, newest first",
+        webhooks.ListWebhooks,
+        webhooks.WebhookPage,
+        200,
+        (Forbidden,),
+    ),
+    Route(
+        "POST",
+        "/webhooks/{webhook_id}/retry",
+        Rest.retry_webhook,
+        "Try a dead or parked one again at once",
+        webhooks.Retry,
+        webhooks.Webhook,
+        200,
+        (Forbidden, NotFound, Conflict),
+    ),
+    Route(
+        "POST",
+        "/webhooks/{webhook_id}/dismiss",
+        Rest.dismiss_webhook,
+        "Never try a dead or parked one again",
+        webhooks.Dismiss,
+        webhooks.Webhook,
+        200,
+        (Forbidden, NotFound, Conflict),
+    ),
+    Route(
+        "GET",
+        "/jobs",
+        Rest.list_jobs,
+        "Background jobs that are not done, newest first",
+        jobs.ListJobs,
+        jobs.JobPage,
+        200,
+        (Forbidden,),
+    ),
+    Route(
+        "POST",
+        "/jobs/{job_id}/retry",
+        Rest.retry_job,
+        "Run a dead or parked job again",
+        jobs.RetryJob,
+        jobs.BackgroundJob,
+        200,
+        (Forbidden, NotFound, Conflict),
+    ),
+    Route(
+        "POST",
+        "/jobs/{job_id}/dismiss",
+        Rest.dismiss_job,
+        "Leave a dead or parked job undone",
+        jobs.DismissJob,
+        jobs.BackgroundJob,
+        200,
+        (Forbidden, NotFound, Conflict),
+        "GET",
+        "/cash/agents/{agent_id}",
+        Rest.agent_cash,
+        "The cash that an agent carries",
+        cash.ReadAgentCash,
+        cash.AgentCash,
+        200,
+        (Forbidden, NotFound),
+    ),
+    Route(
+        "POST",
+        "/cash/handovers",
+        HAND_OVER,
+        "Take an agent's cash into the till",
+        cash.HandOver,
+        cash.Handover,
+        201,
+        (Forbidden,),
+    ),
+    Route(
+        "GET",
+        "/ledger/trial-balance",
+        Rest.trial_balance,
+        "The balance of every account of the ledger",
+        reports.ReadTrialBalance,
+        reports.TrialBalance,
+        200,
+        (Forbidden,),
+    ),
+    Route(
+        "GET",
+        "/audit",
+        Rest.list_audit,
+        "What staff and services did, newest first",
+        audit.ListAudit,
+        audit.AuditPage,
+        200,
+        (Forbidden,),
+    ),
+    Route(
+        "POST",
+        "/payments/cash",
+        Rest.take_cash,
+        "Confirm cash that was taken for an order",
+        cash.TakeCash,
+        Payment,
+        201,
+        (Forbidden, NotFound, OrderClosed, AlreadyPaid, AmountMismatch, CurrencyMismatch),
+    ),
+    Route(
+        "GET",
+        "/payments/stats/daily",
+        Rest.daily_stats,
+        "What payments did, per day",
+        reports.DailyStats,
+        reports.Stats,
+        200,
+        (Forbidden,),
+    ),
+    Route(
+        "GET",
+        "/payments/analytics",
+        Rest.analytics,
+        "What payments did, per day, week or month, by provider, method or status",
+        reports.Analytics,
+        reports.Stats,
+        200,
+        (Forbidden,),
+    ),
+    Route(
+        "GET",
+        "/cash/agents/{agent_id}",
+        Rest.agent_cash,
+        "The cash that an agent carries",
+        cash.ReadAgentCash,
+        cash.AgentCash,
+        200,
+        (Forbidden, NotFound),
+    ),
+    Route(
+        "POST",
+        "/cash/handovers",
+        HAND_OVER,
+        "Take an agent's cash into the till",
+        cash.HandOver,
+        cash.Handover,
+        201,
+        (Forbidden,),
+    ),
+    Route(
+        "GET",
+        "/ledger/trial-balance",
+        Rest.trial_balance,
+        "The balance of every account of the ledger",
+        reports.ReadTrialBalance,
+        reports.TrialBalance,
+        200,
+        (Forbidden,),
+    ),
+    Route(
+        "GET",
+        "/audit",
+        Rest.list_audit,
+        "What staff and services did, newest first",
+        audit.ListAudit,
+        audit.AuditPage,
+        200,
+        (Forbidden,),
+    ),
 ]
+
+_START = (NotFound, Forbidden, OrderClosed, AlreadyPaid, PaymentInProgress, Conflict)
+_WRONG = (AmountMismatch, CurrencyMismatch)
+
+PAYMENT_ROUTES = [
+    Route(
+        "POST",
+        "/payments",
+        start_payment,
+        "Begin to pay for an order, or go on with what is open",
+        StartPayment,
+        Payment,
+        201,
+        (*_START, *_WRONG, AmountTooSmall, GatewayError),
+        also=(200, 202),
+    ),
+    Route(
+        "GET",
+        "/payments",
+        list_payments,
+        "The payments you see, newest first",
+        ListPayments,
+        PaymentPage,
+        200,
+        (Forbidden,),
+    ),
+    Route(
+        "GET",
+        "/payments.csv",
+        export_payments,
+        "The same payments as a file for spreadsheets",
+        PaymentFilters,
+        Payment,
+        200,
+        (Forbidden,),
+        media=csv_export.MEDIA,
+    ),
+    Route(
+        "GET", "/payments/{payment_id}", read_payment, "One payment", ReadPayment, Payment, 200, (NotFound, Forbidden)
+    ),
+    Route(
+        "GET",
+        "/payments/{payment_id}/history",
+        payment_history,
+        "Everything that reached it, newest first",
+        ReadHistory,
+        PaymentHistory,
+        200,
+        (NotFound, Forbidden),
+    ),
+    Route(
+        "POST",
+        "/payments/{payment_id}/verify",
+        verify_payment,
+        "The browser says that the payer has paid: the gateway is asked",
+        VerifyPayment,
+        Payment,
+        200,
+        (NotFound, Forbidden, InvalidSignature, GatewayError),
+        also=(202,),
+    ),
+    Route(
+        "POST",
+        "/payments/{payment_id}/confirm",
+        confirm_payment,
+        "Charge a payment method that the browser has collected (Stripe)",
+        ConfirmPayment,
+        Payment,
+        200,
+        (NotFound, Forbidden, PaymentDeclined, OrderClosed, AlreadyPaid, Conflict, GatewayError),
+        also=(202,),
+    ),
+    Route(
+        "POST",
+        "/payments/{payment_id}/capture",
+        capture_payment,
+        "Take what was authorized",
+        CapturePayment,
+        Payment,
+        200,
+        (NotFound, Forbidden, MoneyMoved, Conflict, OrderClosed, AlreadyPaid, *_WRONG, GatewayError),
+        also=(202,),
+    ),
+    Route(
+        "POST",
+        "/payments/{payment_id}/cancel",
+        cancel_payment,
+        "Let nobody pay it any more",
+        Nothing,
+        Payment,
+        200,
+        (NotFound, Forbidden, MoneyMoved, PaymentInProgress, GatewayError),
+        also=(202,),
+    ),
+    Route(
+        "POST",
+        "/payments/{payment_id}/reconcile",
+        reconcile_payment,
+        "Ask its gateway now what became of it",
+        Nothing,
+        Payment,
+        200,
+        (NotFound, Forbidden, GatewayError),
+        also=(202,),
+    ),
+    Route(
+        "PATCH",
+        "/payments/{payment_id}",
+        annotate_payment,
+        "Change what the merchant remembers with it",
+        AnnotatePayment,
+        Payment,
+        200,
+        (NotFound, Forbidden),
+    ),
+    Route(
+        "DELETE",
+        "/payments/{payment_id}",
+        void_payment,
+        "Void a payment that nobody ever tried to pay; it stays in the books as cancelled",
+        None,
+        None,
+        204,
+        (NotFound, Forbidden, MoneyMoved, PaymentInProgress, GatewayError),
+        also=(202,),
+    ),
+]
+ROUTES += PAYMENT_ROUTES
 
 
 def add_routes(app: web.Application, rest: Rest) -> None:
     for route in ROUTES:
-        path = API + re.sub(r"\{(order_id|link_id)\}", rf"{{\1:{UUID}}}", route.path)
+        path = route.path.replace("{job_id}", "{job_id:[0-9]{1,19}}")
+        path = API + re.sub(r"\{(\w+_id)\}", rf"{{\1:{UUID}}}", path)
         app.router.add_route(route.method, path, _bound(route, rest))
 
 

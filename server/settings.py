@@ -17,8 +17,10 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from models.cash import read_units
 from models.money import MINOR_UNITS_MAX
 from models.order import PAYMENT_EXPIRY_S
+from models.period import is_time_zone
 
 DEFAULT_JWT_SECRET = "waybill-development-secret-never-use-in-production"
 """What signs tokens on a developer's machine when `JWT_SECRET` is not set. Production refuses it."""
@@ -28,6 +30,7 @@ SECRET_BYTES_MIN = 32
 
 SECRETS = frozenset(
     {"jwt_secret", "database_url", "redis_url", "metrics_token", "razorpay_key_secret", "razorpay_webhook_secret"}
+    | {"stripe_secret_key", "stripe_webhook_secret"}
 )
 """Settings whose value is never printed or logged."""
 
@@ -90,7 +93,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     link_ttl_max_s: Annotated[Seconds, Meta(description="longest life that a request may ask for")] = 90 * 24 * 3600
     guest_token_ttl_s: Annotated[Seconds, Meta(description="life of the token that a link is exchanged for")] = 3600
 
-    db_pool_size: Annotated[Count, Meta(description="connections to Postgres per process")] = 10
+    db_pool_size: Annotated[
+        Count, Meta(description="connections to Postgres per process; one that works has one more, to hear of jobs")
+    ] = 10
     db_timeout_ms: Annotated[
         Milliseconds, Meta(description="time limit of one statement, and of waiting for a connection")
     ] = 2000
@@ -118,6 +123,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 5000
     idempotency_keep_s: Annotated[Seconds, Meta(description="life of an Idempotency-Key")] = 7 * 24 * 3600
 
+    jobs_at_once_max: Annotated[
+        Annotated[int, Meta(ge=2, le=1000)], Meta(description="background jobs that one process runs at once")
+    ] = 10
+    job_poll_ms: Annotated[
+        Milliseconds,
+        Meta(description="how often jobs are looked for without news of one; behind a pooler there is no news"),
+    ] = 1000
+    job_timeout_s: Annotated[Seconds, Meta(description="longest run of a job; beyond, it has failed")] = 120
+    job_takeover_s: Annotated[Seconds, Meta(description="silence of a worker after which its jobs are another's")] = 15
+    job_attempts_max: Annotated[
+        Count, Meta(description="failures in a row after which a job is dead: held until staff decides")
+    ] = 15
+    job_retry_base_s: Annotated[
+        Seconds, Meta(description="pause after a job's first failure; it doubles with each further one")
+    ] = 2
+    job_retry_max_s: Annotated[Seconds, Meta(description="longest pause after a job's failure")] = 600
+    job_log_keep_s: Annotated[Seconds, Meta(description="how long the job library's log is kept")] = 7 * 24 * 3600
     razorpay_key_id: Annotated[
         str, Meta(description="rzp_test_… or rzp_live_…; with none of Razorpay's keys, development runs its simulator")
     ] = ""
@@ -129,6 +151,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = ""
     razorpay_api_url: Annotated[str, Meta(description="empty: https://api.razorpay.com")] = ""
+    stripe_secret_key: Annotated[
+        str, Meta(description="sk_test_… or sk_live_…; with none of Stripe's keys, development runs its simulator")
+    ] = ""
+    stripe_publishable_key: Annotated[str, Meta(description="pk_…, what browsers get to know")] = ""
+    stripe_webhook_secret: Annotated[
+        str,
+        Meta(description="what Stripe signs webhooks with; several while it is rolled, comma-separated, newest first"),
+    ] = ""
+    stripe_api_url: Annotated[str, Meta(description="empty: https://api.stripe.com")] = ""
+    stripe_signature_max_age_s: Annotated[
+        Seconds, Meta(description="a webhook of Stripe that was signed longer ago is refused")
+    ] = 300
     gateway_timeout_ms: Annotated[
         Milliseconds, Meta(description="time limit of one question to a payment gateway, all its requests together")
     ] = 10_000
@@ -139,6 +173,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     breaker_open_s: Annotated[
         Seconds, Meta(description="how long it is left alone; then one question goes through")
     ] = 5
+    webhook_max_bytes: Annotated[Bytes, Meta(description="largest webhook of a gateway")] = 256 * 1024
+    inbox_poll_ms: Annotated[
+        Milliseconds, Meta(description="how often a worker looks for webhooks that another process stored")
+    ] = 200
+    inbox_concurrency_max: Annotated[Count, Meta(description="most webhooks that a worker applies at once")] = 4
+    webhook_retry_base_s: Annotated[
+        Seconds, Meta(description="pause before a failed webhook is tried again; it doubles with each try")
+    ] = 1
+    webhook_retry_max_s: Annotated[Seconds, Meta(description="longest such pause")] = 600
+    webhook_attempts_max: Annotated[Count, Meta(description="failed tries after which a webhook is dead")] = 12
+    webhook_park_s: Annotated[
+        Seconds, Meta(description="time after which a webhook about something that we never got to know is dead")
+    ] = 72 * 3600
 
     cors_origins: Annotated[
         str, Meta(description="origins whose pages may call this server, comma-separated, or *; empty: its own only")
@@ -217,6 +264,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=0, le=MINOR_UNITS_MAX)],
         Meta(description="largest refund that staff may make alone, minor units; above, admin or service"),
     ] = 100_000
+    report_days_max: Annotated[Count, Meta(description="longest range of days of one report of statistics")] = 1100
     cash_partial: Annotated[Literal["on", "off"], Meta(description="on: cash may also pay a part of what is due")] = (
         "off"
     )
@@ -524,6 +572,19 @@ def _check_relations(s: Settings) -> None:
             urlsplit(s.razorpay_api_url).scheme in ("", "http", "https"),
             "RAZORPAY_API_URL must start with http:// or https://",
         ),
+        (
+            len({bool(v) for v in (s.stripe_secret_key, s.stripe_publishable_key, s.stripe_webhook_secret)}) == 1,
+            "STRIPE_SECRET_KEY, STRIPE_PUBLISHABLE_KEY and STRIPE_WEBHOOK_SECRET belong together: set all of "
+            "them or none",
+        ),
+        (
+            not s.stripe_webhook_secret or bool(secrets_of(s.stripe_webhook_secret)),
+            "STRIPE_WEBHOOK_SECRET must hold a secret: without one nobody can tell who sends webhooks",
+        ),
+        (
+            urlsplit(s.stripe_api_url).scheme in ("", "http", "https"),
+            "STRIPE_API_URL must start with http:// or https://",
+        ),
         (s.slow_bytes < s.queue_max_bytes, "SLOW_BYTES must be less than QUEUE_MAX_BYTES"),
         (
             s.token_max_bytes + s.recovery_offset_max_bytes < s.frame_max_bytes,
@@ -533,6 +594,23 @@ def _check_relations(s: Settings) -> None:
         (
             s.idempotency_keep_s >= 7 * 24 * 3600,
             "IDEMPOTENCY_KEEP_S must be 604800 (7 days) or more: clients retry for days",
+        ),
+        (s.job_retry_base_s <= s.job_retry_max_s, "JOB_RETRY_BASE_S must not be more than JOB_RETRY_MAX_S"),
+        (
+            4 * s.db_timeout_ms <= s.job_takeover_s * 1000,
+            "JOB_TAKEOVER_S must be four times DB_TIMEOUT_MS or more, or a living worker's jobs are taken over",
+        ),
+        (
+            s.webhook_retry_base_s <= s.webhook_retry_max_s,
+            "WEBHOOK_RETRY_BASE_S must not be more than WEBHOOK_RETRY_MAX_S",
+        ),
+        (
+            is_time_zone(s.seller_time_zone),
+            "SELLER_TIME_ZONE must be the IANA name of a time zone, such as Asia/Kolkata",
+        ),
+        (
+            _are_coins(s.cash_rounding_minor),
+            "CASH_ROUNDING_MINOR must name currencies and their smallest coins in minor units, such as INR=100,CHF=5",
         ),
         (s.link_ttl_s <= s.link_ttl_max_s, "LINK_TTL_S must not be more than LINK_TTL_MAX_S"),
         (
@@ -551,6 +629,14 @@ def _check_relations(s: Settings) -> None:
     for holds, sentence in relations:
         if not holds:
             raise CannotStart(sentence + ".")
+
+
+def _are_coins(text: str) -> bool:
+    try:
+        read_units(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_production(s: Settings) -> None:

@@ -21,6 +21,9 @@ JsonSchema = dict[str, Any]
 
 API = "/api/v1/"
 
+IN_PATH = {"agentId": "[^/]+", "jobId": "[0-9]{1,19}"}
+"""What stands in the braces of a path, where it is no UUID."""
+
 
 def closed(schema: Any) -> Any:
     """The schema without room for members that it does not name."""
@@ -55,7 +58,7 @@ class Judge:
 def _rest() -> tuple[Judge, list[tuple[re.Pattern[str], str, Mapping[str, Any]]]]:
     document = openapi.document()
     paths = [
-        (re.compile(re.sub(r"\\{\w+\\}", UUID, re.escape(path))), path, operations)
+        (re.compile(re.sub(r"\\{(\w+)\\}", lambda name: IN_PATH.get(name[1], UUID), re.escape(path))), path, operations)
         for path, operations in sorted(document["paths"].items(), key=lambda one: one[0].count("{"))
     ]
     return Judge(document), paths

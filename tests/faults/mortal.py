@@ -1,9 +1,9 @@
 """Servers that start in a tenth of a second and kill themselves at a named moment: run as a program, it has imported
 everything once, and forks a server for each line of JSON on its standard input: `{"env", "log", "points", "at"}`.
 
-A moment is right before or after a commit that wrote something, or a call to a gateway. `points` is a file to which every
-moment that is passed is written by name, `at` the name at which the process is killed with SIGKILL. The process id of
-the server is printed.
+A moment is right before or after a commit that wrote something, or a call to a gateway. `points` is a file to which
+each moment that is passed is written by name, `at` the name at which the process is killed with SIGKILL. The process id
+of the server is printed.
 """
 
 from __future__ import annotations

@@ -108,6 +108,9 @@ POST /orders/{order_id}/payment-link          f  f  f  f  f   f  f  f  f  f   o 
 DELETE /orders/{order_id}/links/{link_id}     o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
 POST /links/follow                            o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o  o
 POST /tokens/revoke                           f  f  f  f  f   f  f  f  f  f   f  f  o  o  o  o  f  f   f  f   f  u
+GET /jobs                                     f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f  u
+POST /jobs/{job_id}/retry                     f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
+POST /jobs/{job_id}/dismiss                   f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
 subscribeToOrder                              o  o  n  n  n   o  o  n  n  n   o  n  o  n  o  n  o  n   o  n   n  u
 unsubscribeFromOrder                          o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o  u
 updateLocation                                f  f  f  f  f   o  o  n  n  n   f  f  f  f  f  f  f  f   f  f   f  u
@@ -161,6 +164,7 @@ def body_of(call: str, to: Target) -> Any:
         "POST /orders/{order_id}/tracking-link": {},
         "POST /orders/{order_id}/payment-link": {},
         "POST /links/follow": {"secret": to.secret},
+        "POST /jobs/{job_id}/dismiss": {"reason": "No"},
         "POST /tokens/revoke": {"jti": str(uuid.uuid4())},
     }.get(call)
 
@@ -188,7 +192,7 @@ async def answer(instance: Instance, call: str, to: Target, by: str | None) -> s
         except socketio.exceptions.ConnectionError:
             return str(refusals[0]["data"]["code"])
     method, path = call.split(" ")
-    path = path.replace("{order_id}", to.id).replace("{link_id}", to.link_id)
+    path = path.replace("{order_id}", to.id).replace("{link_id}", to.link_id).replace("{job_id}", "0")
     reply = await instance.request(method, path, body_of(call, to), by=by)
     if reply.status >= 400:
         assert reply.body["status"] == reply.status

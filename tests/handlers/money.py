@@ -169,7 +169,15 @@ CHECK = {
         left join (select payment_id, sum(amount) as s from disputes where status <> 'won' group by 1) d
             on d.payment_id = p.id
         where c.amount - coalesce(r.s, 0)
-            > case when o.status = 'cancelled' then coalesce(d.s, 0) else c.applied end""",
+            > case when o.status = 'cancelled' then coalesce(d.s, 0)
+                when c.provider = 'cash' then c.amount else c.applied end""",
+    "the rounding of cash is what it settled less what it was, as far as it is not back": """
+        with expected as (
+            select payment_id, applied - amount as n from captures where provider = 'cash'
+            union all select payment_id, amount - applied from refunds where provider = 'cash'),
+        sums as (select payment_id, sum(n) as s from expected group by 1),
+        booked as (select payment_id, sum(amount) as s from ledger_rows where account = 'rounding' group by 1)
+        select * from sums full join booked using (payment_id) where coalesce(sums.s, 0) <> coalesce(booked.s, 0)""",
     "an order that waits for money has not got it": """
         select id from orders where payment_method = 'online' and status = 'pending' and paid >= total and total > 0""",
     "an order is confirmed once": """

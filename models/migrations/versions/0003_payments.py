@@ -112,7 +112,15 @@ def upgrade() -> None:
         "webhooks",
         ["status", sa.literal_column("received_at desc"), sa.literal_column("id desc")],
         unique=False,
+        postgresql_where=sa.text("status <> 'applied'"),
     )
+    op.create_index(
+        "ix_webhooks_newest",
+        "webhooks",
+        [sa.literal_column("received_at desc"), sa.literal_column("id desc")],
+        unique=False,
+    )
+    op.create_index("uq_webhooks_body", "webhooks", ["provider", sa.literal_column("sha256(body)")], unique=True)
     op.create_table(
         "payments",
         sa.Column("id", sa.Uuid(), nullable=False),
@@ -194,7 +202,9 @@ def upgrade() -> None:
         sa.Column("applied", sa.BigInteger(), nullable=False),
         sa.Column("fee", sa.BigInteger(), nullable=True),
         sa.Column("at", sa.DateTime(timezone=True), nullable=False),
-        sa.CheckConstraint("amount > 0 and applied >= 0 and applied <= amount", name=op.f("ck_captures_amounts")),
+        sa.CheckConstraint(
+            "amount > 0 and applied >= 0 and (applied <= amount or provider = 'cash')", name=op.f("ck_captures_amounts")
+        ),
         sa.ForeignKeyConstraint(["payment_id"], ["payments.id"], name=op.f("fk_captures_payment_id")),
         sa.PrimaryKeyConstraint("provider", "key", name=op.f("pk_captures")),
     )
@@ -251,7 +261,9 @@ def upgrade() -> None:
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("updated_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("settled_at", sa.DateTime(timezone=True), nullable=True),
-        sa.CheckConstraint("amount > 0 and applied >= 0 and applied <= amount", name=op.f("ck_refunds_amounts")),
+        sa.CheckConstraint(
+            "amount > 0 and applied >= 0 and (applied <= amount or provider = 'cash')", name=op.f("ck_refunds_amounts")
+        ),
         sa.ForeignKeyConstraint(["order_id"], ["orders.id"], name=op.f("fk_refunds_order_id")),
         sa.ForeignKeyConstraint(["payment_id"], ["payments.id"], name=op.f("fk_refunds_payment_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_refunds")),
@@ -269,7 +281,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["refund_id"], ["refunds.id"], name=op.f("fk_refund_lines_refund_id")),
         sa.PrimaryKeyConstraint("refund_id", "position", name=op.f("pk_refund_lines")),
     )
-    op.add_column("idempotency_keys", sa.Column("subject", sa.Uuid(), nullable=True))
+    op.add_column("idempotency_keys", sa.Column("subjects", postgresql.ARRAY(sa.Uuid()), nullable=True))
     op.alter_column("idempotency_keys", "status", existing_type=sa.INTEGER(), nullable=True)
     op.alter_column("idempotency_keys", "answer", existing_type=sa.TEXT(), nullable=True)
     op.add_column("orders", sa.Column("paying", sa.Boolean(), server_default=sa.text("false"), nullable=False))

@@ -96,7 +96,7 @@ class Desk(NamedTuple):
 
 AskedAmount = Annotated[int, Meta(ge=1, le=MINOR_UNITS_MAX, description="minor units of `currency`: 12000 is ₹120")]
 CurrencyCode = Annotated[str, Meta(min_length=3, max_length=3, description="ISO 4217")]
-Address = Annotated[str, Meta(min_length=8, max_length=2000, pattern=Words, description="http:// or https://")]
+Address = Annotated[str, Meta(min_length=8, max_length=2000, pattern=Words, description="an http or https address")]
 GatewayId = Annotated[str, Meta(min_length=1, max_length=200, pattern="^[!-~]+\\Z")]
 Description = Annotated[str, Meta(min_length=1, max_length=255, pattern=Words)]
 Metadata = Annotated[

@@ -132,7 +132,7 @@ class Process:
             keep_s=settings.location_keep_s,
         )
         self.outbox = Outbox(self.database, self.bus, lane)
-        self.gateway_room = GatewayRoom(settings, utc_now, simulates=serves and works)
+        self.gateway_room = GatewayRoom(settings, simulates=serves and works)
         self.gateways = self.gateway_room.gateways
         self.house = House(terms_of(settings), AllThere())
         self.authenticator = Authenticator(settings)

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime as dt
 import os
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -25,9 +23,9 @@ from server.adapters.breaker import Breaker
 from server.adapters.razorpay import API_URL as RAZORPAY_URL
 from server.adapters.razorpay import Razorpay
 from server.adapters.sandbox.razorpay import RazorpaySandbox
-from server.adapters.sandbox.stripe import StripeSimulator
-from server.adapters.stripe import DEFAULT_URL as STRIPE_URL
-from server.adapters.stripe import Account, Stripe
+from server.adapters.sandbox.stripe import StripeSandbox
+from server.adapters.stripe import API_URL as STRIPE_URL
+from server.adapters.stripe import Stripe
 from server.settings import CannotStart, Settings, secrets_of
 
 log = structlog.get_logger()
@@ -72,9 +70,9 @@ class GatewayRoom:
     """The gateways of one process. `simulates`: whether it runs simulators for providers without keys. `gateways` is
     filled by `start`, inside the running loop."""
 
-    def __init__(self, settings: Settings, now: Callable[[], dt.datetime], *, simulates: bool) -> None:
+    def __init__(self, settings: Settings, *, simulates: bool) -> None:
         self.gateways: dict[Provider, Gateway] = {}
-        self._settings, self._now = settings, now
+        self._settings = settings
         self._simulates = simulates and not settings.production
         self._adapters: list[Razorpay | Stripe] = []
         self._simulators: Simulators | None = None
@@ -88,7 +86,7 @@ class GatewayRoom:
         accounts = set_up(self._settings)
         missing = [provider for provider in (Provider.RAZORPAY, Provider.STRIPE) if provider not in accounts]
         if missing and self._simulates:
-            self._simulators = Simulators(Path(self._settings.data_dir) / "sandbox", self._now)
+            self._simulators = Simulators(Path(self._settings.data_dir) / "sandbox")
             try:
                 accounts |= await self._simulators.open(missing, webhooks_url)
             except OSError as error:
@@ -112,19 +110,15 @@ class GatewayRoom:
                 api_url=access.url,
                 sandbox_url=access.url if access.simulated else None,
             )
-        account = Account(
+        return Stripe(
             secret_key=access.secret_key,
             publishable_key=access.public_key,
             webhook_secrets=access.webhook_secrets,
-            api_url=access.url,
-            checkout_url=f"{access.url}/checkout" if access.simulated else "",
-        )
-        return Stripe(
-            account,
-            breaker,
-            timeout_ms=settings.gateway_timeout_ms,
+            breaker=breaker,
+            timeout_s=settings.gateway_timeout_ms / 1000,
             tolerance_s=settings.stripe_signature_max_age_s,
-            now=self._now,
+            api_url=access.url,
+            sandbox_url=access.url if access.simulated else None,
         )
 
     async def stop(self) -> None:
@@ -138,11 +132,11 @@ class GatewayRoom:
 class Simulators:
     """The simulators of a folder: run by whoever holds its lock, used by everybody who reads where they are."""
 
-    def __init__(self, folder: Path, now: Callable[[], dt.datetime]) -> None:
-        self._folder, self._now = folder, now
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._where = folder / "accounts.json"
         self._lock: IO[str] | None = None
-        self._running: list[RazorpaySandbox | StripeSimulator] = []
+        self._running: list[RazorpaySandbox | StripeSandbox] = []
 
     async def open(self, providers: list[Provider], webhooks_url: str) -> dict[Provider, Access]:
         """The accounts at the simulators of these providers; started here, unless another process has done so."""
@@ -174,25 +168,18 @@ class Simulators:
         return {provider: access for provider, access in found.items() if provider in providers}
 
     async def _run(self, provider: Provider, webhooks_url: str) -> Access:
-        url = f"{webhooks_url}/{provider}"
-        file = self._folder / f"{provider}.json"
+        url, file = f"{webhooks_url}/{provider}", self._folder / f"{provider}.json"
+        secret, webhook_secret = secrets.token_hex(16), secrets.token_hex(16)
+        simulator: RazorpaySandbox | StripeSandbox
         if provider is Provider.RAZORPAY:
-            key_id, key_secret, webhook_secret = "rzp_test_simulator", secrets.token_hex(16), secrets.token_hex(16)
-            razorpay = RazorpaySandbox(key_id, key_secret, webhook_secret, url, file=file)
-            await razorpay.start()
-            self._running.append(razorpay)
-            return Access(razorpay.url, key_id, key_secret, (webhook_secret,), simulated=True)
-        stripe = StripeSimulator(
-            self._now,
-            secret_key=f"sk_test_{secrets.token_hex(16)}",
-            publishable_key="pk_test_simulator",
-            webhook_url=url,
-            file=file,
-        )
-        await stripe.start()
-        self._running.append(stripe)
-        known = (stripe.next_webhook_secret, *stripe.webhook_secrets)
-        return Access(stripe.url, stripe.publishable_key, stripe.secret_key, known, simulated=True)
+            public = "rzp_test_simulator"
+            simulator = RazorpaySandbox(public, secret, webhook_secret, url, file=file)
+        else:
+            public, secret = "pk_test_simulator", f"sk_test_{secret}"
+            simulator = StripeSandbox(secret, public, webhook_secret, url, file=file)
+        await simulator.start()
+        self._running.append(simulator)
+        return Access(simulator.url, public, secret, (webhook_secret,), simulated=True)
 
     async def close(self) -> None:
         for simulator in self._running:

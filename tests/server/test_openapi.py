@@ -74,7 +74,7 @@ async def test_it_names_every_route_below_the_api_and_nothing_else() -> None:
 def test_every_route_tells_what_it_takes_gives_and_refuses(route: Route) -> None:
     told = operation(route)
     assert told["summary"] == route.doing
-    assert ("requestBody" in told) == (route.method == "POST" and route.takes is not None)
+    assert ("requestBody" in told) == (route.method != "GET" and route.takes is not None)
     assert ("content" in told["responses"][str(route.status)]) == (route.gives is not None)
     statuses = {str(kind.status) for kind in route.refuses}
     assert statuses | {"429", "503", str(route.status)} <= set(told["responses"])
@@ -160,7 +160,7 @@ async def test_it_is_served(fleet: Fleet, mode: str) -> None:
 def test_the_page_needs_nothing_else() -> None:
     page = docs.page()
     assert len(page) < 200_000
-    for part in ("<script", " src=", "<link", "@import", "url(", " style=", "http://", "https://"):
+    for part in ("<script", " src=", "<link", "@import", "url(", " style=", '="http', "='http"):
         assert part not in page, part
     anchors = set(re.findall(r' id="?([\w-]+)', page))
     assert set(re.findall(r"href=#([\w-]+)", page)) <= anchors

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -109,6 +110,13 @@ class Doors:
         self.database = database
         self._outbox = outbox
         self._positions = positions
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Tx]:
+        """A transaction of several statements whose events are handed to the bus after its commit."""
+        async with self.database.transaction() as tx:
+            yield tx
+        self._outbox.publish(tx.told)
 
     async def perform(self, verb: Verb, actor: Actor, *args: object, key: str | None = None) -> Answer:
         """Carry out `verb(tx, actor, *args)` and hand its events to the bus after its commit.

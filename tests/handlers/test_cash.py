@@ -143,7 +143,7 @@ async def test_rounding_is_undone_by_the_refund_of_the_last_coin(till: Till, due
             currency="INR",
             refund_id=refund_id,
         )
-        await desk.do(tell_refund, refund_id, back, Source.STAFF)
+        await desk.do(tell_refund, refund_id, 0, back, Source.STAFF)
     assert (await shown(desk, order)).payment.status == "refunded"
     assert await till.balances() == {}
     await check_books(desk)

@@ -51,7 +51,9 @@ def story(verb: Verb) -> Callable[[Story], Story]:
 OF_MONEY = {
     "audit",
     "cash",
+    "checkout",
     "jobs",
+    "payment_lists",
     "payments",
     "reconciliation",
     "refunds",

@@ -112,7 +112,7 @@ async def permit_start(tx: Tx, actor: Actor, cmd: StartPayment) -> None:
 
 class Offer(View):
     provider: Provider
-    sandbox: Annotated[bool, Meta(description="a simulator: no money moves")] = False
+    sandbox: Annotated[bool | None, Meta(description="true: a simulator, no money moves")] = None
 
 
 class Offers(msgspec.Struct, frozen=True):
@@ -127,7 +127,7 @@ def offers(actor: Actor, gateways: Gateways) -> Offers:
     """
     require(actor, BACK_OFFICE | PAYERS, "pay for orders")
     found = [gateways[provider] for provider in OFFERED if provider in gateways]
-    return Offers([Offer(provider=one.provider, sandbox=one.simulated) for one in found if one.offered])
+    return Offers([Offer(provider=one.provider, sandbox=one.simulated or None) for one in found if one.offered])
 
 
 def first_offered(gateways: Gateways) -> Provider:

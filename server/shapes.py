@@ -131,7 +131,8 @@ def _never_null(annotation: Any) -> Any:
     if get_origin(annotation) is Annotated:
         inner = _never_null(annotation.__origin__)
         return reduce(lambda type_, meta: Annotated[type_, meta], annotation.__metadata__, inner)
-    return reduce(or_, [one for one in get_args(annotation) if one is not type(None)]) | UnsetType
+    members = [one for one in get_args(annotation) if one is not type(None)] or [annotation]
+    return reduce(or_, members) | UnsetType
 
 
 def _portable(schema: Any) -> Any:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from playwright.async_api import Page, Route, expect
 
+from server.adapters.sandbox.razorpay import RazorpaySandbox
+from server.adapters.sandbox.stripe import StripeSandbox
+from server.embedded import DataServers
 from tests.browser.browsing import Visitor
-from tests.harness import Instance, token
+from tests.harness import Instance, token, until
+from tests.shared import shared_fleet
 
 PROVIDERS = ("razorpay", "stripe")
 ITEMS = [{"name": "Masala dosa", "quantity": 2, "unitPrice": 12000, "taxRateBp": 500}]
@@ -319,4 +324,151 @@ async def test_a_gateway_that_is_away_is_said_to_be(shop: Instance, visitor: Vis
     )
     await page.locator("[data-provider=razorpay]").click()
     await expect(page.locator("#notice")).to_contain_text("Nothing was taken.")
+    await stands(page, "due")
+
+
+# with keys: the gateway's own checkout opens inside the page
+
+KEYS = {
+    "RAZORPAY_KEY_ID": "rzp_test_0123456789abcd",
+    "RAZORPAY_KEY_SECRET": "razorpay-secret",
+    "RAZORPAY_WEBHOOK_SECRET": "razorpay-webhooks",
+    "STRIPE_SECRET_KEY": "sk_test_0123456789",
+    "STRIPE_PUBLISHABLE_KEY": "pk_test_0123456789",
+    "STRIPE_WEBHOOK_SECRET": "whsec_0123456789",
+}
+
+RAZORPAY_JS = """
+window.Razorpay = class {
+  constructor(options) { this.options = options; }
+  open() {
+    const frame = document.createElement("iframe");
+    frame.src = "https://api.razorpay.com/v1/checkout/public";
+    frame.onload = async () => {
+      frame.remove();
+      const answer = await atGateway("razorpay", this.options.order_id, this.options.key);
+      if (answer) this.options.handler(answer);
+      else this.options.modal.ondismiss();
+    };
+    document.body.append(frame);
+  }
+};
+"""
+STRIPE_JS = """
+window.Stripe = (key) => ({
+  elements: ({ clientSecret }) => ({
+    clientSecret,
+    create: () => ({
+      mount: (place) => {
+        const frame = document.createElement("iframe");
+        frame.src = "https://js.stripe.com/v3/elements-inner-payment.html";
+        document.querySelector(place).append(frame);
+      },
+    }),
+  }),
+  confirmPayment: async ({ elements }) => {
+    const answer = await atGateway("stripe", elements.clientSecret.split("_secret_")[0], key);
+    return answer ? { paymentIntent: answer } : { error: { message: "Your card was declined." } };
+  },
+});
+"""
+"""What stands for the gateways' scripts here, at their own addresses: all that the page may rely on."""
+
+
+class Gateways:
+    """Both simulators, run by the test: the server under test calls them as it calls the real ones."""
+
+    def __init__(self) -> None:
+        self.razorpay = RazorpaySandbox(
+            KEYS["RAZORPAY_KEY_ID"], KEYS["RAZORPAY_KEY_SECRET"], KEYS["RAZORPAY_WEBHOOK_SECRET"]
+        )
+        self.stripe = StripeSandbox(
+            KEYS["STRIPE_SECRET_KEY"], KEYS["STRIPE_PUBLISHABLE_KEY"], KEYS["STRIPE_WEBHOOK_SECRET"]
+        )
+        self.outcomes = ["yes"]
+        """What the payer's bank says next; the last one goes on."""
+
+    async def serve_scripts(self, page: Page) -> None:
+        """Let the gateways' hosts answer in this page, and its scripts reach the bank."""
+
+        async def answer(route: Route) -> None:
+            url = route.request.url
+            body = RAZORPAY_JS if "checkout.js" in url else STRIPE_JS if url.endswith("/v3/") else "<p>Card</p>"
+            kind = "text/html" if body.startswith("<") else "text/javascript"
+            await route.fulfill(body=body, content_type=kind)
+
+        await page.route(re.compile(r"^https://[^/]+\.(razorpay|stripe)\.com/"), answer)
+        await page.expose_function("atGateway", self._bank)
+
+    def _bank(self, provider: str, name: str, key: str) -> Any:
+        assert key in KEYS.values()
+        outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
+        if provider == "razorpay":
+            return self.razorpay.pay(name) if outcome == "yes" else None
+        if outcome == "yes":
+            return {"status": self.stripe.books.pay(name)["status"]}
+        self.stripe.books.pay(name, "pm_card_chargeDeclined")
+        return None
+
+
+@pytest.fixture(scope="module")
+async def gateways() -> AsyncIterator[Gateways]:
+    made = Gateways()
+    await made.razorpay.start()
+    await made.stripe.start()
+    yield made
+    await made.razorpay.stop()
+    await made.stripe.stop()
+
+
+@pytest.fixture(scope="module")
+async def keyed(
+    data: DataServers, gateways: Gateways, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Instance]:
+    """A shop with keys of both gateways."""
+    urls = {"RAZORPAY_API_URL": gateways.razorpay.url, "STRIPE_API_URL": gateways.stripe.url}
+    async with shared_fleet(data, tmp_path_factory.mktemp("keyed")) as fleet:
+        yield await fleet.start("all", ready=True, **KEYS, **urls)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+async def test_with_keys_a_person_pays_at_the_gateways_own_checkout(
+    keyed: Instance, gateways: Gateways, visitor: Visitor, provider: str
+) -> None:
+    due = await bill(keyed)
+    page = await visitor.page()
+    await gateways.serve_scripts(page)
+    await page.goto(due.url)
+    await stands(page, "due")
+    assert "Simulator" not in await page.locator("body").inner_text()
+    gateways.outcomes[:] = ["no", "yes"]
+    await page.locator(f"[data-provider={provider}]").click()
+    if provider == "stripe":
+        await expect(page.locator("#card-pay")).to_have_text("Pay ₹252.00")
+        await page.locator("#card-submit").click()
+        await expect(page.locator("#notice")).to_have_text("Your card was declined.")
+        await stands(page, "due", "failed")
+        if await page.locator("#card-submit").is_visible():
+            await page.locator("#card-submit").click()
+        else:
+            await page.locator("[data-provider=stripe]").click()
+            await page.locator("#card-submit").click()
+    else:
+        await stands(page, "due")  # the checkout was closed
+        await page.locator("[data-provider=razorpay]").click()
+    await stands(page, "paid")
+    assert (await due.now())["payment"]["paid"] == 25_200
+    gateways_hosts = {url.split("/")[2] for url in visitor.requested if url.startswith("https://")}
+    assert all(host.endswith(f"{provider}.com") for host in gateways_hosts), gateways_hosts
+    assert not [url for url in visitor.requested if due.secret in url and not url.startswith(keyed.url)]
+
+
+async def test_with_keys_a_script_that_does_not_load_costs_nothing(keyed: Instance, visitor: Visitor) -> None:
+    visitor.expected.append(re.compile("ERR_FAILED"))
+    due = await bill(keyed)
+    page = await visitor.page()
+    await page.route(re.compile(r"^https://"), lambda route: route.abort())
+    await page.goto(due.url)
+    await page.locator("[data-provider=razorpay]").click()
+    await expect(page.locator("#notice")).to_contain_text("did not load")
     await stands(page, "due")

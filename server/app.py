@@ -356,7 +356,7 @@ class Process:
             docs.add_routes(app)
             for method in ("GET", "POST", "OPTIONS"):
                 app.router.add_route(method, "/socket.io/", self._socket)
-            Pages().add_routes(app)
+            Pages([name for name, gateway in self.gateways.items() if not gateway.simulated]).add_routes(app)
             add_routes(app, self.rest)
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5.0)
         await self._runner.setup()

@@ -19,7 +19,7 @@ from msgspec import Meta
 from msgspec import inspect as info
 
 from handlers import audit, cash, jobs, links, orders, reports, tracking, users, webhooks
-from handlers.checkout import StartPayment
+from handlers.checkout import Offers, StartPayment
 from handlers.context import Tx
 from handlers.payment_lists import ListPayments, PaymentFilters, PaymentHistory, PaymentPage, ReadHistory
 from handlers.payments import AnnotatePayment, CapturePayment, ConfirmPayment, Nothing, VerifyPayment
@@ -86,6 +86,7 @@ from server.payments import (
     export_payments,
     list_payments,
     payment_history,
+    payment_providers,
     read_payment,
     reconcile_payment,
     start_payment,
@@ -851,6 +852,7 @@ PAYMENT_ROUTES = [
         (Forbidden,),
         media=csv_export.MEDIA,
     ),
+    Route("GET", "/payments/providers", payment_providers, "What takes payments now", None, Offers, 200, (Forbidden,)),
     Route(
         "GET", "/payments/{payment_id}", read_payment, "One payment", ReadPayment, Payment, 200, (NotFound, Forbidden)
     ),

@@ -44,7 +44,7 @@ from handlers.payments import (
 )
 from handlers.ports import Done, GatewayAway, GatewayFailed, GatewayRefused, Gateways, GatewayUnknown, Once
 from handlers.settlement import OrderMoney, PaymentRow, open_book, open_order, read_row, view
-from models.base import Strict
+from models.base import Strict, View
 from models.errors import (
     AmountMismatch,
     Conflict,
@@ -108,6 +108,26 @@ async def permit_start(tx: Tx, actor: Actor, cmd: StartPayment) -> None:
         raise NotFound("There is no such order.")
     if cmd.capture is Capture.MANUAL:
         require_role(actor, BACK_OFFICE, "ask for a payment that is captured by hand")
+
+
+class Offer(View):
+    provider: Provider
+    sandbox: Annotated[bool | None, Meta(description="true: a simulator, no money moves")] = None
+
+
+class Offers(msgspec.Struct, frozen=True):
+    items: Annotated[list[Offer], Meta(description="what takes payments now, the one first that is taken by default")]
+
+
+def offers(actor: Actor, gateways: Gateways) -> Offers:
+    """The providers that take payments now.
+
+    Raises:
+        Forbidden.
+    """
+    require(actor, BACK_OFFICE | PAYERS, "pay for orders")
+    found = [gateways[provider] for provider in OFFERED if provider in gateways]
+    return Offers([Offer(provider=one.provider, sandbox=one.simulated or None) for one in found if one.offered])
 
 
 def first_offered(gateways: Gateways) -> Provider:

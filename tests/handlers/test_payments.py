@@ -10,8 +10,9 @@ import msgspec
 import pytest
 
 from handlers import orders, payments
-from handlers.checkout import StartPayment, checkout, make_room
+from handlers.checkout import StartPayment, checkout
 from handlers.payments import AnnotatePayment, CapturePayment, ConfirmPayment, Nothing, VerifyPayment
+from handlers.settlement import read_row, view
 from models.errors import Refused
 from models.order import Order
 from models.payment import Failure, PaymentStatus, Provider, Report
@@ -240,7 +241,7 @@ async def test_refused_and_not_reached_fail_and_the_next_is_another_one(counter:
         refusal = await counter.refused_start(order)
         assert (refusal.code, refusal.status) == ("gateway_error", 502)
         (row,) = await counter.desk.fetch("select * from payments order by created_at desc, id limit 1")
-        failed = payments.view(payments.read_row(row))
+        failed = view(read_row(row))
         assert failed.status == "failed"
         assert failed.failure is not None
         assert (failed.failure.code, failed.failure.retryable) == (code, retryable)
@@ -462,22 +463,6 @@ async def test_many_starts_at_once_are_one_payment(counter: Counter) -> None:
     await asyncio.gather(*(counter.do(counter.verbs.start, counter.starting(order)) for _ in range(8)))
     assert len(await counter.desk.fetch("select 1 from payments")) == 1
     assert len({reference for _, reference in counter.razorpay.asked}) == 1
-
-
-async def test_room_is_made_for_cash(counter: Counter) -> None:
-    desk = payments.Desk(counter.doors.transaction, counter.gateways, counter.house)
-    order = await counter.order()
-    first = await counter.start(order, provider="stripe")
-    await make_room(desk, STAFF, order.id)
-    assert (await counter.read(first.id)).status == "cancelled"
-    second = await counter.start(order, provider="razorpay")
-    await make_room(desk, STAFF, order.id)
-    (row,) = await counter.desk.fetch("select superseded from payments where id = $1", uuid.UUID(second.id))
-    assert row["superseded"]
-    await counter.tell(second, R.PROCESSING)
-    with pytest.raises(Refused) as refusal:
-        await make_room(desk, STAFF, order.id)
-    assert refusal.value.fields == {"paymentId": second.id}
 
 
 # what a browser is given

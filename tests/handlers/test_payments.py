@@ -486,6 +486,8 @@ async def test_the_checkout_is_made_anew_each_time_and_its_secret_is_stored_nowh
     with pytest.raises(Refused) as refusal:
         await checkout(desk, payment.id, None)
     assert refusal.value.code == "unavailable"
+    await counter.desk.do(orders.cancel, SERVICE, str(payment.order_id), command(orders.Cancel, reason="No"))
+    assert await checkout(desk, payment.id, secret) is None, "nobody is to pay a cancelled order"
     await counter.tell(payment, R.CAPTURED)
     assert await checkout(desk, payment.id, None) is None
 
@@ -834,6 +836,23 @@ async def test_asking_about_an_unknown_creation_repeats_it(counter: Counter) -> 
     shown = payment_of(given)
     assert (shown.status, shown.gateway_order_id) == ("pending", counter.razorpay.names[payment.id])
     assert counter.razorpay.operations() == ["create", "create"]
+
+
+async def test_while_the_breaker_is_open_nothing_is_written(counter: Counter) -> None:
+    order = await counter.order()
+    taken, card = await counter.authorized(order), await counter.start(await counter.order(), provider="stripe")
+    counter.razorpay.offered = counter.stripe.offered = False
+    before = await counter.desk.tables()
+    asked: list[tuple[Any, str, tuple[Any, ...], Actor]] = [
+        (counter.verbs.capture, taken.id, (taking(),), STAFF),
+        (counter.verbs.reconcile, taken.id, (Nothing(),), STAFF),
+        (counter.verbs.confirm, card.id, (CONFIRM,), CUSTOMER),
+        (counter.verbs.cancel, card.id, (Nothing(),), STAFF),
+        (counter.verbs.void, card.id, (), ADMIN),
+    ]
+    for verb, payment_id, args, by in asked:
+        assert (await counter.refusal(verb, payment_id, *args, by=by, key="k1")).code == "unavailable"
+    assert await counter.desk.tables() == before
 
 
 # annotate

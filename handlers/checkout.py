@@ -45,7 +45,7 @@ from handlers.payments import (
 )
 from handlers.ports import Done, GatewayAway, GatewayFailed, GatewayRefused, Gateways, GatewayUnknown, Once
 from handlers.settlement import OrderMoney, PaymentRow, open_book, open_order, read_row, view
-from models.base import Strict
+from models.base import Strict, View
 from models.errors import (
     AmountMismatch,
     Conflict,
@@ -109,6 +109,26 @@ async def permit_start(tx: Tx, actor: Actor, cmd: StartPayment) -> None:
         raise NotFound("There is no such order.")
     if cmd.capture is Capture.MANUAL:
         require_role(actor, BACK_OFFICE, "ask for a payment that is captured by hand")
+
+
+class Offer(View):
+    provider: Provider
+    sandbox: Annotated[bool | None, Meta(description="true: a simulator, no money moves")] = None
+
+
+class Offers(msgspec.Struct, frozen=True):
+    items: Annotated[list[Offer], Meta(description="what takes payments now, the one first that is taken by default")]
+
+
+def offers(actor: Actor, gateways: Gateways) -> Offers:
+    """The providers that take payments now.
+
+    Raises:
+        Forbidden.
+    """
+    require(actor, BACK_OFFICE | PAYERS, "pay for orders")
+    found = [gateways[provider] for provider in OFFERED if provider in gateways]
+    return Offers([Offer(provider=one.provider, sandbox=one.simulated or None) for one in found if one.offered])
 
 
 def first_offered(gateways: Gateways) -> Provider:
@@ -243,6 +263,16 @@ async def _supersede(tx: Tx, row: PaymentRow, actor: Actor | None) -> None:
     book = await open_book(tx, str(row.id))
     book.payment.superseded = True
     await book.close(Source.SYSTEM if actor is None else source_of(actor), "superseded", {}, actor=actor)
+
+
+async def withdraw_intents(desk: Desk, actor: Actor, order_id: str) -> None:
+    """Cancel the open intents of Stripe, because cash takes their place. What cannot be cancelled now, and what
+    Razorpay still takes, is for whoever books the cash to supersede: should money come all the same, it goes back."""
+    async with desk.transactions() as tx:
+        rows = [read_row(row) for row in await tx.all(OPEN_PAYMENTS, order_uuid(order_id))]
+    for row in rows:
+        if row.provider is Provider.STRIPE and row.gateway_order_id is not None:
+            await _withdraw(desk, actor, row)
 
 
 async def _withdraw(desk: Desk, actor: Actor, row: PaymentRow) -> None:

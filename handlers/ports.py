@@ -199,6 +199,11 @@ class Gateway(Protocol):
         """False while the breaker is open."""
         ...
 
+    @property
+    def simulated(self) -> bool:
+        """A simulator of ours: no money moves."""
+        ...
+
     def check_amount(self, amount: int, currency: str) -> None:
         """Raises models.errors.AmountTooSmall, or Invalid: the gateway does not take this amount of this currency."""
         ...

@@ -109,6 +109,10 @@ async def annotate_payment(rest: Rest, call: Call) -> web.Response:
 # reads
 
 
+async def payment_providers(rest: Rest, call: Call) -> web.Response:
+    return _json(checkout.offers(call.actor, rest.payments.desk.gateways))
+
+
 async def list_payments(rest: Rest, call: Call) -> web.Response:
     async with rest.payments.doors.database.statement() as tx:
         return _json(await payment_lists.list_payments(tx, call.actor, call.command))

@@ -468,7 +468,7 @@ async def confirm(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Co
     shown = view(await settle_all(desk, payment_id, [confirmed.news], Source.CLIENT, actor))
     if confirmed.redirect_url is not None:
         shown.next_action = {"type": "redirect", "url": confirmed.redirect_url}
-    return Done(200, shown)
+    return Done(200, shown, anew=confirmed.redirect_url is not None)
 
 
 # capture

@@ -59,7 +59,7 @@ class FakeGateway:
 
     def __init__(self, provider: Provider, database: Any) -> None:
         self.provider = provider
-        self.offered = True
+        self.offered, self.simulated = True, False
         self._database = database
         self.asked: list[tuple[str, str]] = []
         """(operation, reference of the payment), in their order."""

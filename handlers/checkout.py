@@ -244,28 +244,14 @@ async def _supersede(tx: Tx, row: PaymentRow, actor: Actor | None) -> None:
     await book.close(Source.SYSTEM if actor is None else source_of(actor), "superseded", {}, actor=actor)
 
 
-async def make_room(desk: Desk, actor: Actor, order_id: str) -> None:
-    """Let nobody pay this order by a gateway any more, so that it can be paid with cash: open intents of Stripe are
-    cancelled, what Razorpay still takes is superseded.
-
-    Raises:
-        PaymentInProgress: money is moving.
-    """
-    for _ in range(1 + WITHDRAWALS_MAX):
-        async with desk.transactions() as tx:
-            book = await open_order(tx, order_id)
-            rows = [read_row(row) for row in await tx.all(OPEN_PAYMENTS, book.order.id)]
-            for row in rows:
-                if row.status is not P.PENDING and row.gateway_order_id is not None:
-                    raise PaymentInProgress(f"A payment by {row.provider} is under way.", str(row.id))
-            rows = [row for row in rows if not row.superseded]
-            intent = next((x for x in rows if x.provider is Provider.STRIPE and x.gateway_order_id is not None), None)
-            if intent is None:
-                for row in rows:
-                    await _supersede(tx, row, actor)
-                return
-        await _withdraw(desk, actor, intent)
-    raise Conflict("The payments of this order change all the time; try again.")
+async def withdraw_intents(desk: Desk, actor: Actor, order_id: str) -> None:
+    """Cancel the open intents of Stripe, because cash takes their place. What cannot be cancelled now, and what
+    Razorpay still takes, is for whoever books the cash to supersede: should money come all the same, it goes back."""
+    async with desk.transactions() as tx:
+        rows = [read_row(row) for row in await tx.all(OPEN_PAYMENTS, order_uuid(order_id))]
+    for row in rows:
+        if row.provider is Provider.STRIPE and row.gateway_order_id is not None:
+            await _withdraw(desk, actor, row)
 
 
 async def _withdraw(desk: Desk, actor: Actor, row: PaymentRow) -> None:

@@ -57,7 +57,16 @@ from models.reconciliation import Reconciliation
 from models.user import Actor, Role, Scope
 from server import csv_export, metrics
 from server.auth import Authenticator, bearer, secret_digest
-from server.books import Books
+from server.books import (
+    HAND_OVER,
+    Books,
+    agent_cash,
+    analytics,
+    daily_stats,
+    list_audit,
+    take_cash,
+    trial_balance,
+)
 from server.doors import Answer, Doors, Verb, convert, decode
 from server.edges import CALLER
 from server.limits import Limits
@@ -94,8 +103,8 @@ RETRY_AFTER_MS = 1000
 UUID = "[0-9a-f-]{36}"
 """How ids look in a path. /orders/quote is no order: it has another method, and says so."""
 
-PARTS = {"agent_id": "[^{}/]+", "job_id": "[0-9]{1,19}", "date": "[0-9-]{10}"}
-"""How the other parts of paths look."""
+IN_PATH = {"job_id": "[0-9]{1,19}", "agent_id": "[^/]+", "date": "[0-9-]{10}"}
+"""How those look that are no UUIDs."""
 
 INTEGER = re.compile(r"-?[0-9]{1,20}")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
@@ -144,7 +153,7 @@ class Rest:
         self.payments = payments
         self.seller_zone = zoneinfo.ZoneInfo(settings.seller_time_zone)
         self._on_revoked = on_revoked
-        self._books = Books(settings)
+        self.books = Books(settings, doors, payments.desk)
         self._takes_requests = takes_requests
         self.public_url = settings.public_url
         """What links start with; the process fills it in when it knows its port."""
@@ -246,33 +255,6 @@ class Rest:
         async with self._doors.database.statement() as tx:
             await tracking.permit_count(tx, call.actor, call.order_id)
         return answer(Watchers(await self._presence.watchers(call.order_id)))
-
-    # cash and reports
-
-    async def take_cash(self, call: Call) -> web.Response:
-        given = await self.perform(call, self._books.take_cash)
-        return web.Response(status=given.status, body=given.body, content_type="application/json")
-
-    async def agent_cash(self, call: Call) -> web.Response:
-        agent_id = call.request.match_info["agent_id"]
-        async with self._doors.database.statement() as tx:
-            return answer(await cash.read_agent_cash(tx, call.actor, agent_id, call.command))
-
-    async def daily_stats(self, call: Call) -> web.Response:
-        async with self._doors.database.statement() as tx:
-            return answer(await reports.daily_stats(tx, call.actor, call.command, self._books.calendar))
-
-    async def analytics(self, call: Call) -> web.Response:
-        async with self._doors.database.statement() as tx:
-            return answer(await reports.analytics(tx, call.actor, call.command, self._books.calendar))
-
-    async def trial_balance(self, call: Call) -> web.Response:
-        async with self._doors.database.statement() as tx:
-            return answer(await reports.trial_balance(tx, call.actor, call.command))
-
-    async def list_audit(self, call: Call) -> web.Response:
-        async with self._doors.database.statement() as tx:
-            return answer(await audit.list_audit(tx, call.actor, call.command))
 
     # links and tokens
 
@@ -498,7 +480,6 @@ RETRY_JOB = Verb("retry_job", jobs.retry_job)
 DISMISS_JOB = Verb("dismiss_job", jobs.dismiss_job)
 RETRY_WEBHOOK = Verb("retry_webhook", webhooks.retry_webhook)
 DISMISS_WEBHOOK = Verb("dismiss_webhook", webhooks.dismiss_webhook)
-HAND_OVER = Verb("hand_over", cash.hand_over, status=201)
 
 ROUTES = [
     Route("POST", "/orders", Rest.place, "Place an order", orders.Place, Order, 201, (Forbidden, Conflict)),
@@ -748,7 +729,7 @@ ROUTES = [
     Route(
         "POST",
         "/payments/cash",
-        Rest.take_cash,
+        take_cash,
         "Confirm cash that was taken for an order",
         cash.TakeCash,
         Payment,
@@ -758,7 +739,7 @@ ROUTES = [
     Route(
         "GET",
         "/payments/stats/daily",
-        Rest.daily_stats,
+        daily_stats,
         "What payments did, per day",
         reports.DailyStats,
         reports.Stats,
@@ -768,7 +749,7 @@ ROUTES = [
     Route(
         "GET",
         "/payments/analytics",
-        Rest.analytics,
+        analytics,
         "What payments did, per day, week or month, by provider, method or status",
         reports.Analytics,
         reports.Stats,
@@ -778,7 +759,7 @@ ROUTES = [
     Route(
         "GET",
         "/cash/agents/{agent_id}",
-        Rest.agent_cash,
+        agent_cash,
         "The cash that an agent carries",
         cash.ReadAgentCash,
         cash.AgentCash,
@@ -798,7 +779,7 @@ ROUTES = [
     Route(
         "GET",
         "/ledger/trial-balance",
-        Rest.trial_balance,
+        trial_balance,
         "The balance of every account of the ledger",
         reports.ReadTrialBalance,
         reports.TrialBalance,
@@ -808,7 +789,7 @@ ROUTES = [
     Route(
         "GET",
         "/audit",
-        Rest.list_audit,
+        list_audit,
         "What staff and services did, newest first",
         audit.ListAudit,
         audit.AuditPage,
@@ -948,7 +929,7 @@ ROUTES += PAYMENT_ROUTES
 
 def add_routes(app: web.Application, rest: Rest) -> None:
     for route in ROUTES:
-        path = API + re.sub(r"\{(\w+)\}", lambda part: f"{{{part[1]}:{PARTS.get(part[1], UUID)}}}", route.path)
+        path = API + re.sub(r"\{(\w+)\}", lambda name: f"{{{name[1]}:{IN_PATH.get(name[1], UUID)}}}", route.path)
         app.router.add_route(route.method, path, _bound(route, rest))
 
 

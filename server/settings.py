@@ -572,7 +572,7 @@ def _check_relations(s: Settings) -> None:
             "RAZORPAY_WEBHOOK_SECRET must hold a secret: without one nobody can tell who sends webhooks",
         ),
         (
-            urlsplit(s.razorpay_api_url).scheme in ("", "http", "https"),
+            not s.razorpay_api_url or urlsplit(s.razorpay_api_url).scheme in ("http", "https"),
             "RAZORPAY_API_URL must start with http:// or https://",
         ),
         (
@@ -585,7 +585,7 @@ def _check_relations(s: Settings) -> None:
             "STRIPE_WEBHOOK_SECRET must hold a secret: without one nobody can tell who sends webhooks",
         ),
         (
-            urlsplit(s.stripe_api_url).scheme in ("", "http", "https"),
+            not s.stripe_api_url or urlsplit(s.stripe_api_url).scheme in ("http", "https"),
             "STRIPE_API_URL must start with http:// or https://",
         ),
         (s.slow_bytes < s.queue_max_bytes, "SLOW_BYTES must be less than QUEUE_MAX_BYTES"),
@@ -649,6 +649,10 @@ def _check_production(s: Settings) -> None:
         (not s.database_url, "set DATABASE_URL: the embedded Postgres is for development"),
         (not s.redis_url, "set REDIS_URL: the embedded Redis is for development"),
         (s.rate_limits == "off", "unset RATE_LIMITS: off is for measuring"),
+        (
+            any(urlsplit(url).scheme == "http" for url in (s.razorpay_api_url, s.stripe_api_url)),
+            "let RAZORPAY_API_URL and STRIPE_API_URL start with https://: the keys are sent there",
+        ),
     ]
     wrong = [sentence for holds, sentence in missing if holds]
     if wrong:

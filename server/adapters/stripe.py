@@ -367,6 +367,8 @@ class Stripe:
             if walks and _replayed(error.headers or {}):
                 raise _Replayed from error
             raise self._failure(error) from error
+        except Exception as error:  # the SDK stumbles over what is no answer of Stripe's
+            raise GatewayUnknown(self.provider, "unreadable", f"{type(error).__name__}: {error}") from error
 
     def _failure(self, error: stripe.StripeError) -> GatewayFailed:
         if isinstance(error, stripe.APIConnectionError):
@@ -400,8 +402,8 @@ class Stripe:
         except Invalid as invalid:
             raise GatewayRefused(self.provider, 400, "invalid_amount", invalid.detail) from invalid
 
-    def _read(self, answer: StripeObject, shape: type[T]) -> T:
-        return self._convert(answer.to_dict(), shape)
+    def _read(self, answer: object, shape: type[T]) -> T:
+        return self._convert(answer.to_dict() if isinstance(answer, StripeObject) else answer, shape)
 
     def _convert(self, thing: object, shape: type[T]) -> T:
         try:

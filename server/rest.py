@@ -19,16 +19,19 @@ from msgspec import Meta
 from msgspec import inspect as info
 
 from handlers import audit, cash, jobs, links, orders, reports, tracking, users, webhooks
-from handlers.checkout import StartPayment
+from handlers.checkout import Offers, StartPayment
 from handlers.context import Tx
 from handlers.payment_lists import ListPayments, PaymentFilters, PaymentHistory, PaymentPage, ReadHistory
 from handlers.payments import AnnotatePayment, CapturePayment, ConfirmPayment, Nothing, VerifyPayment
 from handlers.reconciliation import ReadReconciliation
+from handlers.refund_lists import ListRefunds, PageOfRefunds, RefundPage
+from handlers.refunds import CreateRefund, RefundList, RetryRefund
 from models.base import Time, UuidText, rfc3339
 from models.errors import (
     AlreadyPaid,
     AmountMismatch,
     AmountTooSmall,
+    ApprovalRequired,
     BadSignature,
     Conflict,
     CurrencyMismatch,
@@ -40,6 +43,7 @@ from models.errors import (
     Malformed,
     MoneyMoved,
     NotFound,
+    NotRefundable,
     OrderClosed,
     PaymentDeclined,
     PaymentInProgress,
@@ -54,6 +58,7 @@ from models.order import Order, TrackedOrder
 from models.payment import Payment, Provider
 from models.position import Position
 from models.reconciliation import Reconciliation
+from models.refund import Refund
 from models.user import Actor, Role, Scope
 from server import csv_export, metrics
 from server.auth import Authenticator, bearer, secret_digest
@@ -81,6 +86,7 @@ from server.payments import (
     export_payments,
     list_payments,
     payment_history,
+    payment_providers,
     read_payment,
     reconcile_payment,
     start_payment,
@@ -89,6 +95,16 @@ from server.payments import (
 )
 from server.presence import Presence
 from server.reconciliation import read_reconciliation
+from server.refunds import (
+    ReadRefund,
+    RefundVerbs,
+    list_refunds,
+    read_refund,
+    refund_order,
+    refund_payment,
+    refunds_of_payment,
+    retry_refund,
+)
 from server.settings import Settings
 from server.snapshots import ToldEvent, listed
 from server.sockets import CHANGE_STATUS, NextInterval, Sockets
@@ -103,7 +119,7 @@ RETRY_AFTER_MS = 1000
 UUID = "[0-9a-f-]{36}"
 """How ids look in a path. /orders/quote is no order: it has another method, and says so."""
 
-IN_PATH = {"job_id": "[0-9]{1,19}", "agent_id": "[^/]+", "date": "[0-9-]{10}"}
+IN_PATH = {"agent_id": "[^{}/]+", "job_id": "[0-9]{1,19}", "date": "[0-9-]{10}"}
 """How those look that are no UUIDs."""
 
 INTEGER = re.compile(r"-?[0-9]{1,20}")
@@ -139,6 +155,7 @@ class Rest:
         presence: Presence,
         webhook_door: WebhookDoor,
         payments: PaymentVerbs,
+        refunds: RefundVerbs,
         on_revoked: Callable[[users.Revoked], None],
         takes_requests: Callable[[], bool],
     ) -> None:
@@ -151,6 +168,7 @@ class Rest:
         self._presence = presence
         self._webhook_door = webhook_door
         self.payments = payments
+        self.refunds = refunds
         self.seller_zone = zoneinfo.ZoneInfo(settings.seller_time_zone)
         self._on_revoked = on_revoked
         self.books = Books(settings, doors, payments.desk)
@@ -834,6 +852,7 @@ PAYMENT_ROUTES = [
         (Forbidden,),
         media=csv_export.MEDIA,
     ),
+    Route("GET", "/payments/providers", payment_providers, "What takes payments now", None, Offers, 200, (Forbidden,)),
     Route(
         "GET", "/payments/{payment_id}", read_payment, "One payment", ReadPayment, Payment, 200, (NotFound, Forbidden)
     ),
@@ -925,6 +944,66 @@ PAYMENT_ROUTES = [
     ),
 ]
 ROUTES += PAYMENT_ROUTES
+
+_REFUND = (NotFound, Forbidden, ApprovalRequired, NotRefundable, CurrencyMismatch, IllegalMove)
+
+REFUND_ROUTES = [
+    Route(
+        "POST",
+        "/payments/{payment_id}/refunds",
+        refund_payment,
+        "Give back money of a payment",
+        CreateRefund,
+        Refund,
+        201,
+        _REFUND,
+        also=(202,),
+    ),
+    Route(
+        "POST",
+        "/orders/{order_id}/refunds",
+        refund_order,
+        "Give back money of an order, from its newest payment on",
+        CreateRefund,
+        RefundList,
+        201,
+        _REFUND,
+        also=(202,),
+    ),
+    Route(
+        "GET",
+        "/payments/{payment_id}/refunds",
+        refunds_of_payment,
+        "Its refunds, newest first",
+        PageOfRefunds,
+        RefundPage,
+        200,
+        (NotFound, Forbidden),
+    ),
+    Route(
+        "GET",
+        "/refunds",
+        list_refunds,
+        "All refunds, newest first; by `status`, those that are still due",
+        ListRefunds,
+        RefundPage,
+        200,
+        (Forbidden,),
+    ),
+    Route("GET", "/refunds/{refund_id}", read_refund, "One refund", ReadRefund, Refund, 200, (NotFound, Forbidden)),
+    Route(
+        "POST",
+        "/refunds/{refund_id}/retry",
+        retry_refund,
+        "Ask for one that failed again, or note that it was paid back by hand",
+        RetryRefund,
+        Refund,
+        200,
+        (NotFound, Forbidden, MoneyMoved, Conflict),
+        also=(202,),
+    ),
+]
+ROUTES += REFUND_ROUTES
 
 
 def add_routes(app: web.Application, rest: Rest) -> None:

@@ -267,6 +267,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=0, le=MINOR_UNITS_MAX)],
         Meta(description="largest refund that staff may make alone, minor units; above, admin or service"),
     ] = 100_000
+    refund_ask_after_s: Annotated[
+        Seconds,
+        Meta(
+            description="a refund that is not settled so long after it was asked for is asked about at its gateway; the"
+            " pause doubles with each time"
+        ),
+    ] = 30
     report_days_max: Annotated[Count, Meta(description="longest range of days of one report of statistics")] = 1100
     cash_partial: Annotated[Literal["on", "off"], Meta(description="on: cash may also pay a part of what is due")] = (
         "off"

@@ -106,12 +106,12 @@ GET /orders/{order_id}/watchers               f  f  f  f  f   o  o  n  n  n   o 
 POST /orders/{order_id}/tracking-link         o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
 POST /orders/{order_id}/payment-link          f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
 DELETE /orders/{order_id}/links/{link_id}     o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
+GET /payments/providers                       o  o  o  o  o   f  f  f  f  f   o  o  o  o  o  o  f  f   o  o   f  u
 POST /links/follow                            o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o  o
 POST /tokens/revoke                           f  f  f  f  f   f  f  f  f  f   f  f  o  o  o  o  f  f   f  f   f  u
 GET /jobs                                     f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f  u
 POST /jobs/{job_id}/retry                     f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
 POST /jobs/{job_id}/dismiss                   f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
-GET /reconciliation/{date}                    f  f  f  f  f   f  f  f  f  f   f  f  n  f  f  f  f  f   f  f   f  u
 POST /payments/cash                           f  f  f  f  f   o  o  n  n  n   o  n  o  n  f  f  f  f   f  f   f  u
 GET /payments/stats/daily                     f  f  f  f  f   f  f  f  f  f   o  f  o  f  o  f  f  f   f  f   f  u
 GET /payments/analytics                       f  f  f  f  f   f  f  f  f  f   o  f  o  f  o  f  f  f   f  f   f  u
@@ -119,6 +119,7 @@ GET /cash/agents/{agent_id}                   f  f  f  f  f   o  f  f  n  f   o 
 POST /cash/handovers                          f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f  u
 GET /ledger/trial-balance                     f  f  f  f  f   f  f  f  f  f   f  f  o  f  f  f  f  f   f  f   f  u
 GET /audit                                    f  f  f  f  f   f  f  f  f  f   f  f  o  f  f  f  f  f   f  f   f  u
+GET /reconciliation/{date}                    f  f  f  f  f   f  f  f  f  f   f  f  n  f  f  f  f  f   f  f   f  u
 subscribeToOrder                              o  o  n  n  n   o  o  n  n  n   o  n  o  n  o  n  o  n   o  n   n  u
 unsubscribeFromOrder                          o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o  u
 updateLocation                                f  f  f  f  f   o  o  n  n  n   f  f  f  f  f  f  f  f   f  f   f  u

@@ -9,24 +9,19 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from handlers import audit
+from handlers.checkout import withdraw_intents
 from handlers.context import Row, Tx
 from handlers.jobs import enqueue
 from handlers.orders import order_uuid
+from handlers.payments import CLOSED, AskedAmount, CurrencyCode, Desk
 from handlers.settlement import Book, PaymentRow, Terms, open_order, view
 from models.base import Id, LongText, Strict, Time, UuidText, View, rfc3339
-from models.cash import Units, take
+from models.cash import Taken, Units, take
 from models.errors import CurrencyMismatch, Forbidden, NotFound, OrderClosed
 from models.ledger import TILL, agent_cash
-from models.money import MINOR_UNITS_MAX
 from models.order import Status, check_currency, require_all_orders, require_role
 from models.payment import Payment, PaymentStatus, Provider, Source
 from models.user import STAFF, Actor, Role
-
-CLOSED = frozenset({Status.CANCELLED, Status.RETURNED})
-"""Orders for which no cash is taken any more; one that was delivered unpaid is paid later."""
-
-CashAmount = Annotated[int, Meta(ge=1, le=MINOR_UNITS_MAX, description="minor units of the currency: 12000 is ₹120")]
-Currency = Annotated[str, Meta(min_length=3, max_length=3, description="ISO 4217")]
 
 
 class Rules(NamedTuple):
@@ -52,11 +47,11 @@ class TakeCash(Strict):
         ]
     }
 
-    order_id: Id
-    amount: CashAmount
-    currency: Currency
+    order_id: Annotated[str, Meta(extra_json_schema={"format": "uuid"})]
+    amount: AskedAmount
+    currency: CurrencyCode
     tendered: (
-        Annotated[CashAmount, Meta(description="what was handed over; the answer says the change")] | UnsetType
+        Annotated[AskedAmount, Meta(description="what was handed over; the answer says the change")] | UnsetType
     ) = UNSET
     note: LongText | UnsetType = UNSET
 
@@ -69,6 +64,17 @@ where order_id = $1 and provider in ('razorpay', 'stripe')
 returning id"""
 
 
+async def make_room(desk: Desk, actor: Actor, cmd: TakeCash, rules: Rules) -> None:
+    """What comes before `take_cash`, outside its transaction: let nobody pay by a gateway what the cash will pay.
+
+    Raises:
+        What `take_cash` raises; then no gateway was asked.
+    """
+    async with desk.transactions() as tx:
+        await _judge(tx, actor, cmd, rules)
+    await withdraw_intents(desk, actor, cmd.order_id)
+
+
 async def take_cash(tx: Tx, actor: Actor, cmd: TakeCash, rules: Rules, terms: Terms) -> Payment:
     """Confirm that cash was taken for an order: by staff into the till, by the assigned agent while the order is out.
 
@@ -76,20 +82,8 @@ async def take_cash(tx: Tx, actor: Actor, cmd: TakeCash, rules: Rules, terms: Te
         NotFound, Forbidden; OrderClosed; AlreadyPaid: nothing is due; CurrencyMismatch; AmountMismatch: not what is due
             once it is rounded to coins, or less was handed over.
     """
-    require_role(actor, STAFF | {Role.AGENT}, "take cash")
-    if not actor.reaches(cmd.order_id):
-        raise NotFound("There is no such order.")
-    tx.atomically()
-    book = await open_order(tx, str(order_uuid(cmd.order_id)))
-    order = book.order
-    account = _account(actor, book)
-    if order.status in CLOSED:
-        raise OrderClosed(f"The order is {order.status}; give the cash back.")
-    if cmd.currency != order.currency:
-        raise CurrencyMismatch(f"The order is in {order.currency}, not in {cmd.currency}.")
-    tendered = None if isinstance(cmd.tendered, UnsetType) else cmd.tendered
-    due = order.due
-    taken = take(due, order.currency, cmd.amount, tendered, rules.units, partial=rules.partial)
+    book, taken, account = await _judge(tx, actor, cmd, rules)
+    order, due = book.order, book.order.due
     note = None if isinstance(cmd.note, UnsetType) else cmd.note
     now, payment_id = tx.now(), uuid.UUID(tx.new_id())
     for row in await tx.all(SUPERSEDE, order.id, now):
@@ -107,7 +101,7 @@ async def take_cash(tx: Tx, actor: Actor, cmd: TakeCash, rules: Rules, terms: Te
         reference=str(payment_id),
         description=note,
         confirmed_by=actor.sub,
-        tendered=tendered,
+        tendered=_tendered(cmd),
         created_at=now,
         updated_at=now,
         status_at=now,
@@ -115,9 +109,29 @@ async def take_cash(tx: Tx, actor: Actor, cmd: TakeCash, rules: Rules, terms: Te
     book.start(payment, terms)
     await book.take_cash(taken, account)
     said = {"orderId": book.order_id, "amount": taken.amount, "currency": order.currency, "account": account}
-    await book.close(Source.STAFF, "cash", {**said, "tendered": tendered}, actor=actor, note=note)
+    await book.close(Source.STAFF, "cash", {**said, "tendered": payment.tendered}, actor=actor, note=note)
     await audit.record(tx, actor, "payment.cash", f"payment:{payment_id}", {"due": due}, {**said, "due": order.due})
     return msgspec.structs.replace(view(book.payment), change=taken.change)
+
+
+async def _judge(tx: Tx, actor: Actor, cmd: TakeCash, rules: Rules) -> tuple[Book, Taken, str]:
+    """The order, locked; what of it is paid; and the account where the cash then lies."""
+    require_role(actor, STAFF | {Role.AGENT}, "take cash")
+    if not actor.reaches(cmd.order_id):
+        raise NotFound("There is no such order.")
+    tx.atomically()
+    book = await open_order(tx, str(order_uuid(cmd.order_id)))
+    account, order = _account(actor, book), book.order
+    if order.status in CLOSED:
+        raise OrderClosed(f"The order is {order.status}; give the cash back.")
+    if cmd.currency != order.currency:
+        raise CurrencyMismatch(f"The order is in {order.currency}, not in {cmd.currency}.")
+    taken = take(order.due, order.currency, cmd.amount, _tendered(cmd), rules.units, partial=rules.partial)
+    return book, taken, account
+
+
+def _tendered(cmd: TakeCash) -> int | None:
+    return None if isinstance(cmd.tendered, UnsetType) else cmd.tendered
 
 
 def _account(actor: Actor, book: Book) -> str:
@@ -141,7 +155,7 @@ def _account(actor: Actor, book: Book) -> str:
 class ReadAgentCash(Strict):
     """Newest entries first; without `currency`, the one that the agent was last given or handed over."""
 
-    currency: Currency | UnsetType = UNSET
+    currency: CurrencyCode | UnsetType = UNSET
     limit: Annotated[int, Meta(ge=1, le=200)] = 50
     cursor: Annotated[str, Meta(pattern=r"^[0-9]{1,18}\Z")] | UnsetType = UNSET
 
@@ -184,7 +198,7 @@ async def read_agent_cash(tx: Tx, actor: Actor, agent_id: str, cmd: ReadAgentCas
     """
     require_role(actor, STAFF | {Role.AGENT}, "see the cash of agents")
     require_all_orders(actor, "see the cash of agents")
-    if actor.role is Role.AGENT and actor.sub != agent_id:
+    if (actor.role is Role.AGENT and actor.sub != agent_id) or "\0" in agent_id:
         raise NotFound("There is no such agent.")
     currency = None if isinstance(cmd.currency, UnsetType) else check_currency(cmd.currency)
     before = None if isinstance(cmd.cursor, UnsetType) else int(cmd.cursor)
@@ -215,8 +229,8 @@ class HandOver(Strict):
     SCHEMA: ClassVar[dict[str, Any]] = {"examples": [{"agentId": "rider-7", "amount": 25200, "currency": "INR"}]}
 
     agent_id: Id
-    amount: CashAmount
-    currency: Currency
+    amount: AskedAmount
+    currency: CurrencyCode
     note: LongText | UnsetType = UNSET
 
 

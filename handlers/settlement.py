@@ -695,6 +695,8 @@ class Book:
         reference: str | None = None,
     ) -> None:
         """Let a refund become `status`, with all that follows for payment, order and ledger."""
+        if status is row.status and gateway_refund_id in (None, "", row.gateway_refund_id):
+            return  # a repeat
         payment, order, now = self.payment, self.order, self.tx.now()
         succeeded, was = status is RefundStatus.SUCCEEDED, row.status is RefundStatus.SUCCEEDED
         await self.tx.one(

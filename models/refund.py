@@ -38,6 +38,9 @@ class RefundStatus(StrEnum):
     """The money is still owed: it stays reserved until somebody retries it or settles it by hand."""
 
 
+SETTLED = frozenset({RefundStatus.SUCCEEDED, RefundStatus.FAILED})
+
+
 class Cause(StrEnum):
     """Why money goes back by itself: the `reason` of `paymentUpdate`."""
 
@@ -87,6 +90,8 @@ refunds = Table(
     Index("ix_refunds_payment", "payment_id"),
     Index("ix_refunds_order", "order_id"),
     Index("ix_refunds_settled", "settled_at"),
+    Index("ix_refunds_newest", text("created_at desc"), text("id desc")),
+    Index("ix_refunds_due", "status", "created_at", postgresql_where=text("status <> 'succeeded'")),
 )
 
 refund_lines = Table(
@@ -99,7 +104,7 @@ refund_lines = Table(
 )
 
 
-class RefundedLine(View):
+class RefundLine(View):
     line_id: str
     quantity: int
     amount: Amount
@@ -118,7 +123,7 @@ class Refund(View):
     channel: Channel
     created_at: Time
     cause: Annotated[Cause | None, Meta(description="why it went back by itself")] = None
-    lines: list[RefundedLine] | None = None
+    lines: list[RefundLine] | None = None
     reference: str | None = None
     failure: Failure | None = None
     settled_at: Time | None = None
@@ -177,17 +182,18 @@ def spread(amount: int, refundable: Sequence[int]) -> list[int]:
     return parts
 
 
-def allot(lines: Sequence[RefundedLine], amounts: Sequence[int]) -> list[list[RefundedLine]]:
+def allot(lines: Sequence[RefundLine], amounts: Sequence[int]) -> list[list[RefundLine]]:
     """Which lines each of several refunds stands for, when one refund of `lines` is made as refunds of `amounts`.
 
-    A line that two of them share is in both with its share of the money; its units are counted in the first.
+    A line that two of them share is in both with its share of the money; its units are counted in the first. What the
+    amounts do not reach is left out.
     """
     left, found = [(line.line_id, line.quantity, line.amount) for line in reversed(lines)], []
     for amount in amounts:
-        mine: list[RefundedLine] = []
+        mine: list[RefundLine] = []
         while left and (amount > 0 or left[-1][2] == 0):
             line_id, quantity, owed = left.pop()
-            mine.append(RefundedLine(line_id=line_id, quantity=quantity, amount=min(owed, amount)))
+            mine.append(RefundLine(line_id=line_id, quantity=quantity, amount=min(owed, amount)))
             if owed > amount:
                 left.append((line_id, 0, owed - amount))
             amount -= mine[-1].amount

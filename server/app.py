@@ -14,6 +14,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from handlers import refund_calls
 from handlers.payments import Desk
 from handlers.settlement import House
 from models.errors import Forbidden, Unavailable
@@ -24,7 +25,7 @@ from server.doors import FORGET, Doors
 from server.edges import Edges
 from server.gateways import GatewayRoom
 from server.health import Health, watch_loop_lag
-from server.house import AllThere, terms_of
+from server.house import AllThere, refund_terms, terms_of
 from server.limits import SPEND, Limits
 from server.locations import Locations
 from server.outbox import CONTROL, Outbox, order_channel
@@ -33,6 +34,7 @@ from server.payments import PaymentVerbs
 from server.presence import Presence
 from server.realtime.bus import Bus
 from server.realtime.positions import SHOW, PositionLane
+from server.refunds import RefundVerbs
 from server.rest import API, Rest, add_routes, edge
 from server.revocations import RevocationWatch
 from server.settings import CannotStart, Settings
@@ -41,6 +43,8 @@ from server.timeouts import Site
 from server.webhooks import WebhookDoor
 from server.workers.inbox import Inbox
 from server.workers.jobs import Jobs
+from server.workers.reconciliation import Reconciliation, schedules
+from server.workers.refunds import refund_job
 from server.workers.relay import Relay
 from server.workers.trail import Trail
 
@@ -145,6 +149,7 @@ class Process:
         )
         self.locations = Locations(settings, self.database, self.bus, lane, self.trail)
         doors = Doors(self.database, self.outbox, lane)
+        desk = Desk(doors.transaction, self.gateways, self.house)
         self.edges = Edges(settings)
         self.limits = Limits(settings, self.bus, self.edges)
         self.sockets = Sockets(
@@ -165,6 +170,7 @@ class Process:
             watched=self.sockets.rooms.watched,
         )
         self.sockets.rooms.on_members = self.presence.changed
+        refunds_desk = refund_calls.Desk(doors.transaction, self.gateways, refund_terms(settings))
         self.inbox = Inbox(settings, self.database, self.outbox, self.gateways, self.house)
         self.rest = Rest(
             settings,
@@ -175,7 +181,8 @@ class Process:
             self.limits,
             self.presence,
             WebhookDoor(settings, self.database, self.gateways, self.limits, self.inbox.wake),
-            PaymentVerbs(doors, Desk(doors.transaction, self.gateways, self.house)),
+            PaymentVerbs(doors, desk),
+            RefundVerbs(doors, refunds_desk),
             lambda revoked: self.revocations.tell(revoked),
             lambda: self.health.revocations.is_set(),
         )
@@ -186,7 +193,8 @@ class Process:
             grace_ms=settings.relay_grace_ms,
             batch_max=settings.relay_batch_max,
         )
-        self.jobs = Jobs(self.database, settings, [])
+        jobs = [*Reconciliation(desk, settings).jobs, refund_job(refunds_desk)]
+        self.jobs = Jobs(self.database, settings, jobs, schedules(settings))
         self.health = Health(settings, self.database, self.bus, self.sockets.rooms)
         self.health.loops_running = self._loops_running
         self._tasks: list[asyncio.Task[None]] = []
@@ -348,7 +356,7 @@ class Process:
             docs.add_routes(app)
             for method in ("GET", "POST", "OPTIONS"):
                 app.router.add_route(method, "/socket.io/", self._socket)
-            Pages().add_routes(app)
+            Pages([name for name, gateway in self.gateways.items() if not gateway.simulated]).add_routes(app)
             add_routes(app, self.rest)
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5.0)
         await self._runner.setup()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from handlers import refund_calls
 from handlers.context import Tx
 from handlers.settlement import Terms
 from server.settings import Settings
@@ -20,4 +21,10 @@ def terms_of(settings: Settings) -> Terms:
         hold_max_s=settings.hold_max_s,
         revive_window_s=settings.revive_window_s,
         mismatch_hold_s=settings.mismatch_hold_s,
+    )
+
+
+def refund_terms(settings: Settings) -> refund_calls.Terms:
+    return refund_calls.Terms(
+        staff_refund_max_minor=settings.staff_refund_max_minor, refund_ask_after_s=settings.refund_ask_after_s
     )

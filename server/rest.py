@@ -7,6 +7,7 @@ import math
 import re
 import time
 import uuid
+import zoneinfo
 from collections.abc import Awaitable, Callable, Hashable
 from functools import cache, partial
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
@@ -18,15 +19,19 @@ from msgspec import Meta
 from msgspec import inspect as info
 
 from handlers import audit, cash, jobs, links, orders, reports, tracking, users, webhooks
-from handlers.checkout import StartPayment
+from handlers.checkout import Offers, StartPayment
 from handlers.context import Tx
 from handlers.payment_lists import ListPayments, PaymentFilters, PaymentHistory, PaymentPage, ReadHistory
 from handlers.payments import AnnotatePayment, CapturePayment, ConfirmPayment, Nothing, VerifyPayment
+from handlers.reconciliation import ReadReconciliation
+from handlers.refund_lists import ListRefunds, PageOfRefunds, RefundPage
+from handlers.refunds import CreateRefund, RefundList, RetryRefund
 from models.base import Time, UuidText, rfc3339
 from models.errors import (
     AlreadyPaid,
     AmountMismatch,
     AmountTooSmall,
+    ApprovalRequired,
     BadSignature,
     Conflict,
     CurrencyMismatch,
@@ -38,6 +43,7 @@ from models.errors import (
     Malformed,
     MoneyMoved,
     NotFound,
+    NotRefundable,
     OrderClosed,
     PaymentDeclined,
     PaymentInProgress,
@@ -51,10 +57,21 @@ from models.errors import (
 from models.order import Order, TrackedOrder
 from models.payment import Payment, Provider
 from models.position import Position
+from models.reconciliation import Reconciliation
+from models.refund import Refund
 from models.user import Actor, Role, Scope
 from server import csv_export, metrics
 from server.auth import Authenticator, bearer, secret_digest
-from server.books import Books
+from server.books import (
+    HAND_OVER,
+    Books,
+    agent_cash,
+    analytics,
+    daily_stats,
+    list_audit,
+    take_cash,
+    trial_balance,
+)
 from server.doors import Answer, Doors, Verb, convert, decode
 from server.edges import CALLER
 from server.limits import Limits
@@ -69,6 +86,7 @@ from server.payments import (
     export_payments,
     list_payments,
     payment_history,
+    payment_providers,
     read_payment,
     reconcile_payment,
     start_payment,
@@ -76,6 +94,17 @@ from server.payments import (
     void_payment,
 )
 from server.presence import Presence
+from server.reconciliation import read_reconciliation
+from server.refunds import (
+    ReadRefund,
+    RefundVerbs,
+    list_refunds,
+    read_refund,
+    refund_order,
+    refund_payment,
+    refunds_of_payment,
+    retry_refund,
+)
 from server.settings import Settings
 from server.snapshots import ToldEvent, listed
 from server.sockets import CHANGE_STATUS, NextInterval, Sockets
@@ -89,6 +118,9 @@ RETRY_AFTER_MS = 1000
 
 UUID = "[0-9a-f-]{36}"
 """How ids look in a path. /orders/quote is no order: it has another method, and says so."""
+
+IN_PATH = {"agent_id": "[^{}/]+", "job_id": "[0-9]{1,19}", "date": "[0-9-]{10}"}
+"""How those look that are no UUIDs."""
 
 INTEGER = re.compile(r"-?[0-9]{1,20}")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
@@ -123,6 +155,7 @@ class Rest:
         presence: Presence,
         webhook_door: WebhookDoor,
         payments: PaymentVerbs,
+        refunds: RefundVerbs,
         on_revoked: Callable[[users.Revoked], None],
         takes_requests: Callable[[], bool],
     ) -> None:
@@ -135,8 +168,10 @@ class Rest:
         self._presence = presence
         self._webhook_door = webhook_door
         self.payments = payments
+        self.refunds = refunds
+        self.seller_zone = zoneinfo.ZoneInfo(settings.seller_time_zone)
         self._on_revoked = on_revoked
-        self._books = Books(settings)
+        self.books = Books(settings, doors, payments.desk)
         self._takes_requests = takes_requests
         self.public_url = settings.public_url
         """What links start with; the process fills it in when it knows its port."""
@@ -238,33 +273,6 @@ class Rest:
         async with self._doors.database.statement() as tx:
             await tracking.permit_count(tx, call.actor, call.order_id)
         return answer(Watchers(await self._presence.watchers(call.order_id)))
-
-    # cash and reports
-
-    async def take_cash(self, call: Call) -> web.Response:
-        given = await self.perform(call, self._books.take_cash)
-        return web.Response(status=given.status, body=given.body, content_type="application/json")
-
-    async def agent_cash(self, call: Call) -> web.Response:
-        agent_id = call.request.match_info["agent_id"]
-        async with self._doors.database.statement() as tx:
-            return answer(await cash.read_agent_cash(tx, call.actor, agent_id, call.command))
-
-    async def daily_stats(self, call: Call) -> web.Response:
-        async with self._doors.database.statement() as tx:
-            return answer(await reports.daily_stats(tx, call.actor, call.command, self._books.calendar))
-
-    async def analytics(self, call: Call) -> web.Response:
-        async with self._doors.database.statement() as tx:
-            return answer(await reports.analytics(tx, call.actor, call.command, self._books.calendar))
-
-    async def trial_balance(self, call: Call) -> web.Response:
-        async with self._doors.database.statement() as tx:
-            return answer(await reports.trial_balance(tx, call.actor, call.command))
-
-    async def list_audit(self, call: Call) -> web.Response:
-        async with self._doors.database.statement() as tx:
-            return answer(await audit.list_audit(tx, call.actor, call.command))
 
     # links and tokens
 
@@ -490,7 +498,6 @@ RETRY_JOB = Verb("retry_job", jobs.retry_job)
 DISMISS_JOB = Verb("dismiss_job", jobs.dismiss_job)
 RETRY_WEBHOOK = Verb("retry_webhook", webhooks.retry_webhook)
 DISMISS_WEBHOOK = Verb("dismiss_webhook", webhooks.dismiss_webhook)
-HAND_OVER = Verb("hand_over", cash.hand_over, status=201)
 
 ROUTES = [
     Route("POST", "/orders", Rest.place, "Place an order", orders.Place, Order, 201, (Forbidden, Conflict)),
@@ -699,6 +706,16 @@ ROUTES = [
     ),
     Route(
         "GET",
+        "/reconciliation/{date}",
+        read_reconciliation,
+        "A gateway's books of a day beside ours",
+        ReadReconciliation,
+        Reconciliation,
+        200,
+        (Forbidden, NotFound, GatewayError),
+    ),
+    Route(
+        "GET",
         "/jobs",
         Rest.list_jobs,
         "Background jobs that are not done, newest first",
@@ -730,7 +747,7 @@ ROUTES = [
     Route(
         "POST",
         "/payments/cash",
-        Rest.take_cash,
+        take_cash,
         "Confirm cash that was taken for an order",
         cash.TakeCash,
         Payment,
@@ -740,7 +757,7 @@ ROUTES = [
     Route(
         "GET",
         "/payments/stats/daily",
-        Rest.daily_stats,
+        daily_stats,
         "What payments did, per day",
         reports.DailyStats,
         reports.Stats,
@@ -750,7 +767,7 @@ ROUTES = [
     Route(
         "GET",
         "/payments/analytics",
-        Rest.analytics,
+        analytics,
         "What payments did, per day, week or month, by provider, method or status",
         reports.Analytics,
         reports.Stats,
@@ -760,7 +777,7 @@ ROUTES = [
     Route(
         "GET",
         "/cash/agents/{agent_id}",
-        Rest.agent_cash,
+        agent_cash,
         "The cash that an agent carries",
         cash.ReadAgentCash,
         cash.AgentCash,
@@ -780,7 +797,7 @@ ROUTES = [
     Route(
         "GET",
         "/ledger/trial-balance",
-        Rest.trial_balance,
+        trial_balance,
         "The balance of every account of the ledger",
         reports.ReadTrialBalance,
         reports.TrialBalance,
@@ -790,7 +807,7 @@ ROUTES = [
     Route(
         "GET",
         "/audit",
-        Rest.list_audit,
+        list_audit,
         "What staff and services did, newest first",
         audit.ListAudit,
         audit.AuditPage,
@@ -835,6 +852,7 @@ PAYMENT_ROUTES = [
         (Forbidden,),
         media=csv_export.MEDIA,
     ),
+    Route("GET", "/payments/providers", payment_providers, "What takes payments now", None, Offers, 200, (Forbidden,)),
     Route(
         "GET", "/payments/{payment_id}", read_payment, "One payment", ReadPayment, Payment, 200, (NotFound, Forbidden)
     ),
@@ -927,11 +945,70 @@ PAYMENT_ROUTES = [
 ]
 ROUTES += PAYMENT_ROUTES
 
+_REFUND = (NotFound, Forbidden, ApprovalRequired, NotRefundable, CurrencyMismatch, IllegalMove)
+
+REFUND_ROUTES = [
+    Route(
+        "POST",
+        "/payments/{payment_id}/refunds",
+        refund_payment,
+        "Give back money of a payment",
+        CreateRefund,
+        Refund,
+        201,
+        _REFUND,
+        also=(202,),
+    ),
+    Route(
+        "POST",
+        "/orders/{order_id}/refunds",
+        refund_order,
+        "Give back money of an order, from its newest payment on",
+        CreateRefund,
+        RefundList,
+        201,
+        _REFUND,
+        also=(202,),
+    ),
+    Route(
+        "GET",
+        "/payments/{payment_id}/refunds",
+        refunds_of_payment,
+        "Its refunds, newest first",
+        PageOfRefunds,
+        RefundPage,
+        200,
+        (NotFound, Forbidden),
+    ),
+    Route(
+        "GET",
+        "/refunds",
+        list_refunds,
+        "All refunds, newest first; by `status`, those that are still due",
+        ListRefunds,
+        RefundPage,
+        200,
+        (Forbidden,),
+    ),
+    Route("GET", "/refunds/{refund_id}", read_refund, "One refund", ReadRefund, Refund, 200, (NotFound, Forbidden)),
+    Route(
+        "POST",
+        "/refunds/{refund_id}/retry",
+        retry_refund,
+        "Ask for one that failed again, or note that it was paid back by hand",
+        RetryRefund,
+        Refund,
+        200,
+        (NotFound, Forbidden, MoneyMoved, Conflict),
+        also=(202,),
+    ),
+]
+ROUTES += REFUND_ROUTES
+
 
 def add_routes(app: web.Application, rest: Rest) -> None:
     for route in ROUTES:
-        path = route.path.replace("{job_id}", "{job_id:[0-9]{1,19}}")
-        path = API + re.sub(r"\{(\w+_id)\}", rf"{{\1:{UUID}}}", path)
+        path = API + re.sub(r"\{(\w+)\}", lambda name: f"{{{name[1]}:{IN_PATH.get(name[1], UUID)}}}", route.path)
         app.router.add_route(route.method, path, _bound(route, rest))
 
 

@@ -139,7 +139,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Seconds, Meta(description="pause after a job's first failure; it doubles with each further one")
     ] = 2
     job_retry_max_s: Annotated[Seconds, Meta(description="longest pause after a job's failure")] = 600
-    job_log_keep_s: Annotated[Seconds, Meta(description="how long the job library's log is kept")] = 7 * 24 * 3600
+    job_log_keep_s: Annotated[Seconds, Meta(description="how long the job library's log is kept")] = 24 * 3600
     razorpay_key_id: Annotated[
         str, Meta(description="rzp_test_… or rzp_live_…; with none of Razorpay's keys, development runs its simulator")
     ] = ""
@@ -258,12 +258,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     reconcile_after_s: Annotated[
         Seconds, Meta(description="a payment that is moving for so long is asked about at its gateway")
     ] = 15
+    reconcile_retry_max_s: Annotated[
+        Seconds, Meta(description="longest pause between two questions about the same payment")
+    ] = 3600
     sweep_interval_s: Annotated[Seconds, Meta(description="how often expired orders are looked for")] = 5
     seller_time_zone: Annotated[str, Meta(description="IANA name of the zone in which days begin and end")] = "UTC"
     staff_refund_max_minor: Annotated[
         Annotated[int, Meta(ge=0, le=MINOR_UNITS_MAX)],
         Meta(description="largest refund that staff may make alone, minor units; above, admin or service"),
     ] = 100_000
+    refund_ask_after_s: Annotated[
+        Seconds,
+        Meta(
+            description="a refund that is not settled so long after it was asked for is asked about at its gateway; the"
+            " pause doubles with each time"
+        ),
+    ] = 30
     report_days_max: Annotated[Count, Meta(description="longest range of days of one report of statistics")] = 1100
     cash_partial: Annotated[Literal["on", "off"], Meta(description="on: cash may also pay a part of what is due")] = (
         "off"
@@ -569,7 +579,7 @@ def _check_relations(s: Settings) -> None:
             "RAZORPAY_WEBHOOK_SECRET must hold a secret: without one nobody can tell who sends webhooks",
         ),
         (
-            urlsplit(s.razorpay_api_url).scheme in ("", "http", "https"),
+            not s.razorpay_api_url or urlsplit(s.razorpay_api_url).scheme in ("http", "https"),
             "RAZORPAY_API_URL must start with http:// or https://",
         ),
         (
@@ -582,7 +592,7 @@ def _check_relations(s: Settings) -> None:
             "STRIPE_WEBHOOK_SECRET must hold a secret: without one nobody can tell who sends webhooks",
         ),
         (
-            urlsplit(s.stripe_api_url).scheme in ("", "http", "https"),
+            not s.stripe_api_url or urlsplit(s.stripe_api_url).scheme in ("http", "https"),
             "STRIPE_API_URL must start with http:// or https://",
         ),
         (s.slow_bytes < s.queue_max_bytes, "SLOW_BYTES must be less than QUEUE_MAX_BYTES"),
@@ -646,6 +656,10 @@ def _check_production(s: Settings) -> None:
         (not s.database_url, "set DATABASE_URL: the embedded Postgres is for development"),
         (not s.redis_url, "set REDIS_URL: the embedded Redis is for development"),
         (s.rate_limits == "off", "unset RATE_LIMITS: off is for measuring"),
+        (
+            any(urlsplit(url).scheme == "http" for url in (s.razorpay_api_url, s.stripe_api_url)),
+            "let RAZORPAY_API_URL and STRIPE_API_URL start with https://: the keys are sent there",
+        ),
     ]
     wrong = [sentence for holds, sentence in missing if holds]
     if wrong:

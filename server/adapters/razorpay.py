@@ -85,6 +85,10 @@ class Razorpay:
     def offered(self) -> bool:
         return self._breaker.offered
 
+    @property
+    def simulated(self) -> bool:
+        return bool(self._sandbox_url)
+
     def check_amount(self, amount: int, currency: str) -> None:
         if currency == "INR" and amount < INR_MIN:
             raise AmountTooSmall("Razorpay takes INR 1.00 or more.")
@@ -202,7 +206,7 @@ class Razorpay:
             page = await self._threads.run("movements", _page(start, end, len(seen)))
             for one in page:
                 at = dt.datetime.fromtimestamp(one.created_at, dt.UTC)
-                fits = start <= at < end and one.order_id and razorpay_news.REPORTS.get(one.status) is Report.CAPTURED
+                fits = start <= at < end and one.order_id and one.report is Report.CAPTURED
                 if fits and one.id not in seen:
                     yield Movement(
                         gateway_order_id=one.order_id or "",
@@ -299,9 +303,9 @@ def _own(refunds: Sequence[Refund], new: NewRefund) -> Refund | None:
 
 def _capturable(payments: Sequence[Payment]) -> str:
     """The attempt that waits for its capture, or was captured already."""
-    for status in ("authorized", "captured", "refunded"):
+    for report in (Report.AUTHORIZED, Report.CAPTURED):
         for payment in payments:
-            if payment.status == status:
+            if payment.report is report:
                 return payment.id
     raise GatewayRefused(Provider.RAZORPAY, 400, "BAD_REQUEST_ERROR", "Nobody has authorized this payment.")
 

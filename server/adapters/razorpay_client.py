@@ -104,7 +104,7 @@ def _judged(status: int, body: bytes) -> dict[str, Any]:
         if status < 300:
             return msgspec.json.decode(body, type=dict[str, Any])
         error = msgspec.json.decode(body, type=_ErrorBody).error
-    except msgspec.MsgspecError as wrong:
+    except (msgspec.MsgspecError, RecursionError) as wrong:
         raise GatewayUnknown(Provider.RAZORPAY, f"http_{status}", "the answer makes no sense") from wrong
     raise GatewayRefused(Provider.RAZORPAY, status, error.code or f"http_{status}", error.description or "refused")
 

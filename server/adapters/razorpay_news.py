@@ -7,14 +7,17 @@ are the payer's and ours, so nothing is identified by them but a refund of ours.
 from __future__ import annotations
 
 import hashlib
+import re
 import uuid
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from handlers.ports import Delivery
 from models.errors import Malformed
+from models.money import MINOR_UNITS_MAX
 from models.payment import DisputeNews, DisputeReport, Failure, News, Provider, RefundNews, RefundReport, Report
 
 REFUND_NOTE = "refund_id"
@@ -23,46 +26,65 @@ REFUND_NOTE = "refund_id"
 
 UUID_CHARS = 36
 
+WORDS_CHARS_MAX = 500
+"""Longest text of theirs that we keep."""
+
+# What is stored is bounded here, so that no body of theirs can break a statement of ours.
+REF = re.compile(r"(?:order|pay|rfnd)_[A-Za-z0-9_]{1,58}")
+Id = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_]{1,64}\Z")]
+Minor = Annotated[int, Meta(ge=0, le=MINOR_UNITS_MAX)]
+Currency = Annotated[str, Meta(pattern=r"\A[A-Za-z]{3}\Z")]
+Kind = Annotated[str, Meta(pattern=r"\A[a-z0-9_.]{1,100}\Z")]
+Unix = Annotated[int, Meta(ge=0, le=253_402_300_799)]
+"""Seconds; the last one of the year 9999, the last that Python knows."""
+
 
 class Order(msgspec.Struct):
     """Razorpay's order: what may be paid, in any number of attempts. `amount`: minor units."""
 
-    id: str
-    amount: int
-    currency: str
+    id: Id
+    amount: Minor
+    currency: Currency
     status: str
     attempts: int = 0
-    amount_paid: int = 0
 
 
 class Payment(msgspec.Struct):
     """Razorpay's payment: one attempt to pay. `fee`: minor units, GST included; null until it is captured."""
 
-    id: str
-    amount: int
-    currency: str
+    id: Id
+    amount: Minor
+    currency: Currency
     status: str
-    order_id: str | None = None
+    order_id: Id | None = None
     method: str | None = None
-    fee: int | None = None
-    amount_refunded: int | None = None
+    fee: Minor | None = None
+    captured: bool | None = None
+    amount_refunded: Minor | None = None
     error_code: str | None = None
     error_description: str | None = None
     error_reason: str | None = None
-    created_at: int = 0
+    created_at: Unix = 0
+
+    @property
+    def report(self) -> Report:
+        """What became of it. Who never captures gets no money: after some days Razorpay gives it back to the payer, and
+        calls that `refunded` too. (`captured` says nothing in other statuses: samples have it true beside `failed`.)"""
+        if self.status == "refunded" and self.captured is False:
+            return Report.CANCELLED
+        return REPORTS.get(self.status, Report.UNKNOWN)
 
 
 class Refund(msgspec.Struct):
     """Razorpay's refund of one payment. `notes` is an object, or `[]` when there are none."""
 
-    id: str
-    payment_id: str
-    amount: int
-    currency: str
+    id: Id
+    payment_id: Id
+    amount: Minor
+    currency: Currency
     status: str
     receipt: str | None = None
     notes: Any = None
-    created_at: int = 0
 
     @property
     def refund_id(self) -> str | None:
@@ -80,24 +102,20 @@ class Refund(msgspec.Struct):
 class Dispute(msgspec.Struct):
     """A chargeback."""
 
-    id: str
-    payment_id: str
-    amount: int
-    currency: str
+    id: Id
+    payment_id: Id
+    amount: Minor
+    currency: Currency
 
 
 class Collection(msgspec.Struct):
     items: list[Any]
 
 
-class _Of(msgspec.Struct):
-    entity: msgspec.Raw
-
-
 class Event(msgspec.Struct):
     """The envelope of a webhook."""
 
-    event: str
+    event: Kind
     payload: dict[str, Any] = {}
 
     def entity(self, name: str, type_: type[Any]) -> Any:
@@ -135,7 +153,7 @@ DISPUTE_REPORTS = {
 
 def of_payment(payment: Payment, *, fresh: bool = False, refunds: Iterable[RefundNews] = ()) -> News:
     """News of one attempt."""
-    report = REPORTS.get(payment.status, Report.UNKNOWN)
+    report = payment.report
     return News(
         provider=Provider.RAZORPAY,
         gateway_order_id=payment.order_id,
@@ -143,10 +161,10 @@ def of_payment(payment: Payment, *, fresh: bool = False, refunds: Iterable[Refun
         report=report,
         amount=payment.amount,
         currency=payment.currency.upper(),
-        method=payment.method,
+        method=_words(payment.method) or None,
         fee=payment.fee if report is Report.CAPTURED else None,
         failure=_failure(payment) if report is Report.FAILED else None,
-        refunds=tuple(refunds),
+        refunds=tuple(refunds) if report is Report.CAPTURED else (),
         fresh=fresh,
     )
 
@@ -165,7 +183,7 @@ def of_order(order: Order, payments: Sequence[Payment], refunds: dict[str, Seque
         return [_of_order(order, Report.PROCESSING)]  # the list of payments is behind
     if not news:
         return [_of_order(order, Report.PENDING)]
-    furthest = [Report.FAILED, Report.UNKNOWN, Report.PROCESSING, Report.AUTHORIZED]
+    furthest = [Report.CANCELLED, Report.FAILED, Report.UNKNOWN, Report.PROCESSING, Report.AUTHORIZED]
     return [max(reversed(news), key=lambda one: furthest.index(one.report or Report.UNKNOWN))]
 
 
@@ -193,10 +211,15 @@ def _failure(payment: Payment) -> Failure:
     """Why. The order can be paid all the same, so another attempt may always help."""
     words = [word for word in (payment.error_reason, payment.error_code) if word and word != "NA"]
     return Failure(
-        code=words[0] if words else "payment_failed",
-        message=payment.error_description or "The payment failed.",
+        code=_words(words[0] if words else None) or "payment_failed",
+        message=_words(payment.error_description) or "The payment failed.",
         retryable=True,
     )
+
+
+def _words(text: str | None) -> str:
+    """Text of theirs as we may store it: bounded, and without the one character that Postgres refuses."""
+    return (text or "").replace("\0", "")[:WORDS_CHARS_MAX]
 
 
 def delivery_of(body: bytes, event_id: str | None) -> Delivery:
@@ -207,14 +230,14 @@ def delivery_of(body: bytes, event_id: str | None) -> Delivery:
     event_id = event_id or "sha256:" + hashlib.sha256(body).hexdigest()
     try:
         event = msgspec.json.decode(body, type=Event)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except (msgspec.MsgspecError, RecursionError):
         return Delivery(event_id=event_id, kind="", refs=())
     refs: dict[str, None] = {}
     for part in event.payload.values():
         entity = part.get("entity") if isinstance(part, dict) else None
         if isinstance(entity, dict):
             names = [entity.get(name) for name in ("order_id", "payment_id", "id")]
-            refs |= {ref: None for ref in names if isinstance(ref, str) and ref.startswith(("order_", "pay_", "rfnd_"))}
+            refs |= {ref: None for ref in names if isinstance(ref, str) and REF.fullmatch(ref)}
     return Delivery(event_id=event_id, kind=event.event, refs=tuple(refs))
 
 
@@ -226,7 +249,7 @@ def read(kind: str, body: bytes) -> Sequence[News]:
     """
     try:
         return _read(kind, msgspec.json.decode(body, type=Event))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (msgspec.MsgspecError, RecursionError, KeyError, TypeError) as error:
         raise Malformed(f"The body of this {kind or 'webhook'} cannot be read: {error}") from error
 
 
@@ -260,9 +283,12 @@ def _beside(
     disputes: tuple[DisputeNews, ...] = (),
 ) -> News:
     """News of refunds or disputes. If the payment that comes with them was captured, that is said as well: the event
-    that says only this may still be under way."""
-    if payment is not None and payment.id == payment_id and REPORTS.get(payment.status) is Report.CAPTURED:
-        return msgspec.structs.replace(of_payment(payment), refunds=refunds, disputes=disputes)
+    that says only this may still be under way. What was never captured has no refund to book."""
+    if payment is not None and payment.id == payment_id:
+        if payment.report is Report.CAPTURED:
+            return msgspec.structs.replace(of_payment(payment), refunds=refunds, disputes=disputes)
+        if payment.report is Report.CANCELLED:
+            return msgspec.structs.replace(of_payment(payment), disputes=disputes)
     return News(
         provider=Provider.RAZORPAY,
         gateway_order_id=payment.order_id if payment is not None and payment.id == payment_id else None,

@@ -113,6 +113,10 @@ class Stripe:
     def offered(self) -> bool:
         return self._breaker.offered
 
+    @property
+    def simulated(self) -> bool:
+        return bool(self._sandbox_url)
+
     def check_amount(self, amount: int, currency: str) -> None:
         """See the port."""
         stripe_money.check(amount, currency)
@@ -367,6 +371,8 @@ class Stripe:
             if walks and _replayed(error.headers or {}):
                 raise _Replayed from error
             raise self._failure(error) from error
+        except Exception as error:  # the SDK stumbles over what is no answer of Stripe's
+            raise GatewayUnknown(self.provider, "unreadable", f"{type(error).__name__}: {error}") from error
 
     def _failure(self, error: stripe.StripeError) -> GatewayFailed:
         if isinstance(error, stripe.APIConnectionError):
@@ -400,8 +406,8 @@ class Stripe:
         except Invalid as invalid:
             raise GatewayRefused(self.provider, 400, "invalid_amount", invalid.detail) from invalid
 
-    def _read(self, answer: StripeObject, shape: type[T]) -> T:
-        return self._convert(answer.to_dict(), shape)
+    def _read(self, answer: object, shape: type[T]) -> T:
+        return self._convert(answer.to_dict() if isinstance(answer, StripeObject) else answer, shape)
 
     def _convert(self, thing: object, shape: type[T]) -> T:
         try:

@@ -60,7 +60,11 @@ class StripeWorld:
         await self.sandbox.start()
 
 
-def gateway_at(url: str, clock: list[float] | None = None) -> Stripe:
+PATIENT_S = 10.0
+"""Longest question of an adapter whose gateway always answers: longer than anything a busy machine does."""
+
+
+def gateway_at(url: str, clock: list[float] | None = None, timeout_s: float = PATIENT_S) -> Stripe:
     """An adapter that talks to `url`."""
     seconds = clock or [0.0]
     return Stripe(
@@ -70,7 +74,7 @@ def gateway_at(url: str, clock: list[float] | None = None) -> Stripe:
         breaker=Breaker(
             Provider.STRIPE, failures_max=BREAKER_FAILURES, open_s=BREAKER_OPEN_S, clock=lambda: seconds[0]
         ),
-        timeout_s=TIMEOUT_MS / 1000,
+        timeout_s=timeout_s,
         tolerance_s=TOLERANCE_S,
         api_url=url,
         sandbox_url=url,
@@ -78,13 +82,13 @@ def gateway_at(url: str, clock: list[float] | None = None) -> Stripe:
 
 
 @asynccontextmanager
-async def open_world() -> AsyncIterator[StripeWorld]:
+async def open_world(timeout_s: float = TIMEOUT_MS / 1000) -> AsyncIterator[StripeWorld]:
     hooks = Hooks()
     await hooks.start()
     sandbox = StripeSandbox(SECRET_KEY, PUBLISHABLE_KEY, OLD_SECRET, hooks.url, pace=PACE)
     await sandbox.start()
     clock = [0.0]
-    gateway = gateway_at(sandbox.url, clock)
+    gateway = gateway_at(sandbox.url, clock, timeout_s)
     yield StripeWorld(gateway, sandbox, hooks, clock)
     await gateway.close()
     await sandbox.stop()

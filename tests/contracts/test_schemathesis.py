@@ -73,6 +73,12 @@ UNTOLD = {
     "createPaymentLink": "the same",
     "locate": "LOCATION_BATCH_MAX positions at most, a setting",
     "revoke": "an Idempotency-Key may be used once",
+    "takeCash": "the amount is what is due in coins that exist, the currency is the order's",
+    "handOver": "which codes are currencies, an Idempotency-Key may be used once",
+    "agentCash": "which codes are currencies",
+    "trialBalance": "which codes are currencies",
+    "dailyStats": "which names are time zones, and REPORT_DAYS_MAX, a setting",
+    "analytics": "the same",
 }
 """Operations with a rule that no schema can tell, so that what fits the schema may still be refused with 422 or 413."""
 
@@ -122,7 +128,11 @@ def aimed(target: Target) -> dict[str, Any]:
     """The document, with path parameters that hit orders and links that exist, and one that does not."""
     document = copy.deepcopy(openapi.document())
     nothing = "00000000-0000-4000-8000-000000000000"
-    known = {"orderId": [*target.order_ids, nothing], "linkId": [*target.link_ids, nothing]}
+    known = {
+        "orderId": [*target.order_ids, nothing],
+        "linkId": [*target.link_ids, nothing],
+        "agentId": ["rider-7", "nobody"],
+    }
     for methods in document["paths"].values():
         for operation in methods.values():
             for parameter in operation["parameters"]:

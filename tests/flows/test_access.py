@@ -106,11 +106,20 @@ GET /orders/{order_id}/watchers               f  f  f  f  f   o  o  n  n  n   o 
 POST /orders/{order_id}/tracking-link         o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
 POST /orders/{order_id}/payment-link          f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
 DELETE /orders/{order_id}/links/{link_id}     o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
+GET /payments/providers                       o  o  o  o  o   f  f  f  f  f   o  o  o  o  o  o  f  f   o  o   f  u
 POST /links/follow                            o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o  o
 POST /tokens/revoke                           f  f  f  f  f   f  f  f  f  f   f  f  o  o  o  o  f  f   f  f   f  u
 GET /jobs                                     f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f  u
 POST /jobs/{job_id}/retry                     f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
 POST /jobs/{job_id}/dismiss                   f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
+POST /payments/cash                           f  f  f  f  f   o  o  n  n  n   o  n  o  n  f  f  f  f   f  f   f  u
+GET /payments/stats/daily                     f  f  f  f  f   f  f  f  f  f   o  f  o  f  o  f  f  f   f  f   f  u
+GET /payments/analytics                       f  f  f  f  f   f  f  f  f  f   o  f  o  f  o  f  f  f   f  f   f  u
+GET /cash/agents/{agent_id}                   f  f  f  f  f   o  f  f  n  f   o  f  o  f  f  f  f  f   f  f   f  u
+POST /cash/handovers                          f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f  u
+GET /ledger/trial-balance                     f  f  f  f  f   f  f  f  f  f   f  f  o  f  f  f  f  f   f  f   f  u
+GET /audit                                    f  f  f  f  f   f  f  f  f  f   f  f  o  f  f  f  f  f   f  f   f  u
+GET /reconciliation/{date}                    f  f  f  f  f   f  f  f  f  f   f  f  n  f  f  f  f  f   f  f   f  u
 subscribeToOrder                              o  o  n  n  n   o  o  n  n  n   o  n  o  n  o  n  o  n   o  n   n  u
 unsubscribeFromOrder                          o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o  u
 updateLocation                                f  f  f  f  f   o  o  n  n  n   f  f  f  f  f  f  f  f   f  f   f  u
@@ -143,6 +152,8 @@ async def target(instance: Instance, call: str) -> Target:
     order = await instance.place()
     if call in ("POST /orders/{order_id}/status", "updateOrderStatus"):  # what its agent may move, and the shop too
         await instance.move(order["id"], "confirmed", "preparing", "ready")
+    if call == "POST /payments/cash":
+        await instance.move(order["id"], "confirmed", "preparing", "ready", "out_for_delivery")
     await instance.assign(order["id"], "a1")
     link = (await instance.post(f"/orders/{order['id']}/tracking-link", {})).body
     return Target(order["id"], link["id"], link["url"].rsplit("/", 1)[1])
@@ -164,8 +175,11 @@ def body_of(call: str, to: Target) -> Any:
         "POST /orders/{order_id}/tracking-link": {},
         "POST /orders/{order_id}/payment-link": {},
         "POST /links/follow": {"secret": to.secret},
+        "POST /jobs/{job_id}/retry": {},
         "POST /jobs/{job_id}/dismiss": {"reason": "No"},
         "POST /tokens/revoke": {"jti": str(uuid.uuid4())},
+        "POST /payments/cash": {"orderId": to.id, "amount": 25200, "currency": "INR"},
+        "POST /cash/handovers": {"agentId": "a1", "amount": 100, "currency": "INR"},
     }.get(call)
 
 
@@ -193,6 +207,7 @@ async def answer(instance: Instance, call: str, to: Target, by: str | None) -> s
             return str(refusals[0]["data"]["code"])
     method, path = call.split(" ")
     path = path.replace("{order_id}", to.id).replace("{link_id}", to.link_id).replace("{job_id}", "0")
+    path = path.replace("{agent_id}", "a1").replace("{date}", "2999-01-01")
     reply = await instance.request(method, path, body_of(call, to), by=by)
     if reply.status >= 400:
         assert reply.body["status"] == reply.status

@@ -11,7 +11,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from handlers import refunds
+from handlers import refund_calls, refund_lists, refunds
 from handlers.context import Tx
 from handlers.jobs import NotYet
 from handlers.ports import Done, Gateway, GatewayRefused, NewRefund
@@ -131,10 +131,10 @@ class Counter:
         self.shop = desk
         self.till = Till(desk)
         self.gateway = FakeGateway()
-        self.desk = refunds.Desk(
+        self.desk = refund_calls.Desk(
             self.transactions,
             {Provider.RAZORPAY: cast(Gateway, self.gateway)},
-            refunds.Terms(staff_refund_max_minor=STAFF_MAX, refund_ask_after_s=PAUSE_S),
+            refund_calls.Terms(staff_refund_max_minor=STAFF_MAX, refund_ask_after_s=PAUSE_S),
         )
 
     @asynccontextmanager
@@ -214,7 +214,7 @@ class Counter:
     async def job(self, refund_id: str) -> float | None:
         """Run the job of a refund: None, or after how many seconds it wants to run again."""
         try:
-            await refunds.carry_on(self.desk, refund_id, lambda low, high: high)
+            await refund_calls.carry_on(self.desk, refund_id, lambda low, high: high)
         except NotYet as asked:
             return asked.after_s
         return None
@@ -222,8 +222,8 @@ class Counter:
     # looking
 
     async def show(self, refund_id: str, by: Actor = ADMIN) -> Refund:
-        found: Refund = await self.shop.do(refunds.read, by, refund_id)
-        return found
+        seen: refund_lists.Seen = await self.shop.do(refund_lists.read, by, refund_id)
+        return seen.refund
 
     async def money(self, payment_id: str) -> dict[str, Any]:
         (row,) = await self.shop.fetch(

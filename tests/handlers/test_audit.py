@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import operator
 import uuid
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,7 +28,7 @@ async def page(desk: Desk, **asked: Any) -> audit.AuditPage:
 async def many(desk: Desk, count: int = 12) -> list[str]:
     """Things that were done, one a minute; their actions, newest first."""
     for number in range(count):
-        desk.database.clock = lambda now=START + dt.timedelta(minutes=number): now
+        desk.database.clock = partial(operator.add, START, dt.timedelta(minutes=number))
         by = STAFF if number % 2 else SERVICE
         await desk.do(audit.record, by, f"a{number}", f"payment:{number % 3}", None, {"number": number})
     return [f"a{number}" for number in reversed(range(count))]
@@ -63,7 +65,8 @@ async def test_filters_narrow_and_combine(desk: Desk) -> None:
 
 @pytest.mark.parametrize("limit", [1, 5, 11, 12, 200])
 async def test_pages_make_the_whole_list_while_rows_are_added(desk: Desk, limit: int) -> None:
-    wanted, found, cursor = await many(desk), [], {}
+    wanted, found = await many(desk), []
+    cursor: dict[str, Any] = {}
     while True:
         one = await page(desk, limit=limit, **cursor)
         found += [row.action for row in one.items]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, cast
 
 import msgspec
 import pytest
 
-from handlers import cash, orders
+from handlers import cash, orders, payments
+from handlers.context import Tx
+from handlers.ports import Gateway, GatewayFailed, GatewayUnknown, Known
 from handlers.settlement import open_book, tell_refund
 from models.errors import (
     AlreadyPaid,
@@ -25,10 +28,10 @@ from models.errors import (
     Refused,
 )
 from models.order import Order
-from models.payment import Payment, Provider, RefundNews, RefundReport, Report, Source
+from models.payment import News, Payment, Provider, RefundNews, RefundReport, Report, Source
 from models.user import Actor, Role, Scope
 from tests.handlers.desk import ADMIN, AGENT, CUSTOMER, SERVICE, STAFF, Desk, command, guest, replay
-from tests.handlers.money import TERMS, Till, check_books
+from tests.handlers.money import TERMS, Till, check_books, news
 from tests.models.making import actor
 
 RULES = cash.Rules({"INR": 100, "CHF": 5}, partial=False)
@@ -253,6 +256,81 @@ async def test_cash_closes_what_is_open_at_gateways(till: Till) -> None:
     assert await till.jobs() == [("cancel_payment", str(payments[name]["id"])) for name in (upi, card)]
 
 
+class Intents:
+    """A gateway that is asked to cancel: it says what it is told to say, or does not answer."""
+
+    def __init__(self, says: Report | GatewayFailed) -> None:
+        self.says = says
+        self.asked: list[Known] = []
+
+    async def cancel(self, known: Known) -> list[News]:
+        self.asked.append(known)
+        if isinstance(self.says, GatewayFailed):
+            raise self.says
+        return [news(known.gateway_order_id, self.says, fresh=True)]
+
+
+async def take_at_the_door(till: Till, order: Order, gateway: Intents, amount: int = 25_200, by: Actor = STAFF) -> Any:
+    """As the door does it: first the gateways, then the cash. The payment, or how it was refused."""
+
+    @asynccontextmanager
+    async def transactions() -> AsyncIterator[Tx]:
+        async with till.desk.database.transaction() as tx:
+            yield tx
+        till.desk.told += tx.told
+
+    at = payments.Desk(transactions, {Provider.STRIPE: cast(Gateway, gateway)}, till.house)
+    asked = taking(order.id, amount)
+    try:
+        await cash.make_room(at, by, asked, RULES)
+        return await till.desk.do(cash.take_cash, by, asked, RULES, TERMS)
+    except Refused as refusal:
+        return refusal
+
+
+async def test_an_open_intent_is_cancelled_before_the_cash_is_booked(till: Till) -> None:
+    order, gateway = await till.order(), Intents(Report.CANCELLED)
+    await till.begin(order, Provider.STRIPE, name="pi_1")
+    await till.begin(order)
+    async with replay(till.desk) as told:
+        payment = await take_at_the_door(till, order, gateway)
+    assert isinstance(payment, Payment)
+    assert [one.gateway_order_id for one in gateway.asked] == ["pi_1"], "Razorpay has nothing to cancel"
+    assert [one.data["status"] for one in told[order.id]] == ["cancelled", "pending", "completed", "confirmed"]
+    assert (await till.payment("pi_1"))["status"] == "cancelled"
+    await check_books(till.desk)
+
+
+async def test_an_intent_that_was_paid_meanwhile_needs_no_cash(till: Till) -> None:
+    order, gateway = await till.order(), Intents(Report.CAPTURED)
+    await till.begin(order, Provider.STRIPE, name="pi_1")
+    assert isinstance(await take_at_the_door(till, order, gateway), AlreadyPaid)
+    assert (await shown(till.desk, order)).status == "confirmed"
+    assert await till.refunds("pi_1") == []
+    await check_books(till.desk)
+
+
+async def test_a_gateway_that_does_not_answer_keeps_nobody_from_taking_cash(till: Till) -> None:
+    order, gateway = await till.order(), Intents(GatewayUnknown(Provider.STRIPE, "timeout", "no answer"))
+    await till.begin(order, Provider.STRIPE, name="pi_1")
+    assert isinstance(await take_at_the_door(till, order, gateway), Payment)
+    intent = await till.payment("pi_1")
+    assert (intent["status"], intent["superseded"]) == ("pending", True)
+    assert await till.jobs() == [("cancel_payment", str(intent["id"]))]
+    await till.tell("pi_1", Report.CAPTURED)
+    assert [row["amount"] for row in await till.refunds("pi_1")] == [25_200]
+    await check_books(till.desk)
+
+
+async def test_cash_that_is_refused_cancels_nothing(till: Till) -> None:
+    order, gateway = await till.order(), Intents(Report.CANCELLED)
+    await till.begin(order, Provider.STRIPE, name="pi_1")
+    for amount, by in ((25_100, STAFF), (25_200, CUSTOMER), (25_200, SERVICE), (25_200, AGENT)):
+        assert isinstance(await take_at_the_door(till, order, gateway, amount, by), Refused)
+    assert gateway.asked == []
+    assert (await till.payment("pi_1"))["status"] == "pending"
+
+
 async def test_money_that_comes_after_the_cash_goes_back_by_itself(till: Till) -> None:
     order = await till.order()
     upi = await till.begin(order)
@@ -330,11 +408,8 @@ async def test_an_agent_carries_what_was_taken_until_it_is_handed_over(till: Til
     }
     held = await carried(desk)
     assert held.balance == 400
-    assert [(one.kind, one.amount, one.note) for one in held.entries][0] == (
-        "handover",
-        -50_000,
-        "one note is missing",
-    )
+    newest = held.entries[0]
+    assert (newest.kind, newest.amount, newest.note) == ("handover", -50_000, "one note is missing")
     again: cash.Handover = await desk.do(cash.hand_over, ADMIN, handing(500))
     assert (again.expected, again.difference) == (400, 100)
     assert (await carried(desk)).balance == -100
@@ -371,7 +446,7 @@ async def test_entries_come_in_pages(desk: Desk) -> None:
     for amount in range(1, 8):
         await desk.do(cash.hand_over, STAFF, handing(amount))
     found: list[int] = []
-    cursor: dict[str, str] = {}
+    cursor: dict[str, Any] = {}
     while True:
         page = await carried(desk, limit=3, **cursor)
         assert page.balance == -28

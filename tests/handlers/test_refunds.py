@@ -10,9 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from handlers import refunds
+from handlers import refund_lists
 from handlers.ports import GatewayAway, GatewayRefused, GatewayUnknown
-from handlers.refunds import ListRefunds, PageOfRefunds
+from handlers.refund_calls import ASK_AGAIN_MAX_S
+from handlers.refund_lists import ListRefunds, PageOfRefunds
 from handlers.settlement import tell_refund
 from models.errors import (
     ApprovalRequired,
@@ -256,7 +257,7 @@ async def test_cancelling_too_returns_all_that_was_paid_for_the_order(counter: C
     assert (status, refund.payment_id, refund.amount) == (201, second, 5200)
     cancelled = (await counter.shop.orders())[order.id]
     assert (cancelled.status, cancelled.status_reason) == (Status.CANCELLED, "Cold")
-    (other,) = (await counter.shop.do(refunds.list_of_payment, ADMIN, first, PageOfRefunds())).items
+    (other,) = (await counter.shop.do(refund_lists.list_of_payment, ADMIN, first, PageOfRefunds())).items
     assert (other.amount, other.status) == (20_000, R.PENDING)
     assert ("refund", other.id) in await counter.till.jobs()
     assert await counter.job(other.id) is None
@@ -335,10 +336,10 @@ async def test_somebody_elses_money_is_not_found(counter: Counter) -> None:
     assert isinstance(await counter.refused("x"), NotFound)
     with pytest.raises(NotFound):
         await counter.refund_order(order.id, elsewhere)
-    assert isinstance(await counter.shop.refused(refunds.read, elsewhere, refund.id), NotFound)
-    assert (await counter.shop.do(refunds.list_refunds, elsewhere, ListRefunds())).items == []
+    assert isinstance(await counter.shop.refused(refund_lists.read, elsewhere, refund.id), NotFound)
+    assert (await counter.shop.do(refund_lists.list_refunds, elsewhere, ListRefunds())).items == []
     narrowed = actor(Role.SERVICE, "shop", orders=frozenset({order.id}))
-    assert (await counter.shop.do(refunds.list_refunds, narrowed, ListRefunds())).items == [refund]
+    assert (await counter.shop.do(refund_lists.list_refunds, narrowed, ListRefunds())).items == [refund]
 
 
 async def test_who_sees_the_payment_sees_its_refunds(counter: Counter) -> None:
@@ -348,13 +349,15 @@ async def test_who_sees_the_payment_sees_its_refunds(counter: Counter) -> None:
     stranger = actor(Role.CUSTOMER, "c2")
     for by in (CUSTOMER, guest(order.id, Scope.PAY), STAFF, ADMIN, SERVICE):
         assert await counter.show(refund.id, by) == refund
-        page = await counter.shop.do(refunds.list_of_payment, by, payment_id, PageOfRefunds())
+        page = await counter.shop.do(refund_lists.list_of_payment, by, payment_id, PageOfRefunds())
         assert (page.items, page.next_cursor) == ([refund], None)
     for by, kind in ((stranger, NotFound), (AGENT, Forbidden), (guest(order.id, Scope.TRACK), Forbidden)):
-        assert isinstance(await counter.shop.refused(refunds.read, by, refund.id), kind)
-        assert isinstance(await counter.shop.refused(refunds.list_of_payment, by, payment_id, PageOfRefunds()), kind)
+        assert isinstance(await counter.shop.refused(refund_lists.read, by, refund.id), kind)
+        assert isinstance(
+            await counter.shop.refused(refund_lists.list_of_payment, by, payment_id, PageOfRefunds()), kind
+        )
     for by in (CUSTOMER, AGENT, guest(order.id, Scope.PAY)):
-        assert isinstance(await counter.shop.refused(refunds.list_refunds, by, ListRefunds()), Forbidden)
+        assert isinstance(await counter.shop.refused(refund_lists.list_refunds, by, ListRefunds()), Forbidden)
 
 
 async def test_the_list_of_refunds_pages_and_filters(counter: Counter) -> None:
@@ -365,7 +368,7 @@ async def test_the_list_of_refunds_pages_and_filters(counter: Counter) -> None:
     seen, cursor = [], None
     while True:
         cmd = command(ListRefunds, limit=3, **({"cursor": cursor} if cursor else {}))
-        page = await counter.shop.do(refunds.list_refunds, STAFF, cmd)
+        page = await counter.shop.do(refund_lists.list_refunds, STAFF, cmd)
         seen += page.items
         cursor = page.next_cursor
         if cursor is None:
@@ -373,7 +376,7 @@ async def test_the_list_of_refunds_pages_and_filters(counter: Counter) -> None:
     assert sorted(one.id for one in seen) == sorted(one.id for one in made)
     assert [one.created_at for one in seen] == sorted((one.created_at for one in made), reverse=True)
     for status, number in ((R.FAILED, 1), (R.PROCESSING, 1), (R.SUCCEEDED, 2), (R.PENDING, 0)):
-        page = await counter.shop.do(refunds.list_refunds, STAFF, ListRefunds(status=status))
+        page = await counter.shop.do(refund_lists.list_refunds, STAFF, ListRefunds(status=status))
         assert [one.status for one in page.items] == [status] * number
     by: list[tuple[dict[str, Any], int]] = [
         ({"order_id": order.id}, 4),
@@ -382,7 +385,7 @@ async def test_the_list_of_refunds_pages_and_filters(counter: Counter) -> None:
         ({"payment_id": order.id}, 0),
     ]
     for members, number in by:
-        assert len((await counter.shop.do(refunds.list_refunds, STAFF, ListRefunds(**members))).items) == number
+        assert len((await counter.shop.do(refund_lists.list_refunds, STAFF, ListRefunds(**members))).items) == number
 
 
 # cash, and by hand
@@ -416,7 +419,7 @@ async def test_cash_of_a_cancelled_order_waits_for_staff(desk: Desk) -> None:
     first = await counter.pay(order, 200, provider=Provider.CASH)
     second = await counter.pay(order, TOTAL - 200)
     await counter.refund(second, cancelOrder=True)
-    (due,) = (await desk.do(refunds.list_refunds, STAFF, ListRefunds(status=R.PENDING))).items
+    (due,) = (await desk.do(refund_lists.list_refunds, STAFF, ListRefunds(status=R.PENDING))).items
     assert (due.payment_id, due.amount) == (first, 200)
     assert (await counter.job(due.id)) == PAUSE_S, "nobody asks a gateway for cash"
     status, paid = await counter.retry(due.id, STAFF)
@@ -720,7 +723,7 @@ async def test_the_pause_grows_with_the_time_for_which_a_refund_is_open(counter:
             uuid.UUID(refund.id),
         )
         pauses.append(await counter.job(refund.id))
-    assert pauses == [PAUSE_S, pytest.approx(100, abs=5), refunds.ASK_AGAIN_MAX_S]
+    assert pauses == [PAUSE_S, pytest.approx(100, abs=5), ASK_AGAIN_MAX_S]
 
 
 # races

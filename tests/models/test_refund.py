@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models.errors import NotRefundable
 from models.money import MINOR_UNITS_MAX
 from models.payment import RefundReport
-from models.refund import Money, RefundedLine, RefundStatus, after, allot, line_share, spread
+from models.refund import Money, RefundLine, RefundStatus, after, allot, line_share, spread
 
 amounts = st.integers(0, MINOR_UNITS_MAX)
 
@@ -106,7 +106,7 @@ def test_more_than_all_of_them_hold_is_refused_with_what_they_hold(refundable: l
 def test_lines_follow_the_money_and_every_unit_is_counted_once(
     wanted: list[tuple[int, int]], data: st.DataObject
 ) -> None:
-    lines = [RefundedLine(line_id=str(n), quantity=units, amount=a) for n, (units, a) in enumerate(wanted, 1)]
+    lines = [RefundLine(line_id=str(n), quantity=units, amount=a) for n, (units, a) in enumerate(wanted, 1)]
     total = sum(line.amount for line in lines)
     cuts = sorted({0, total, *data.draw(st.sets(st.integers(0, total), max_size=3))})
     amounts = [later - earlier for earlier, later in pairwise(cuts)] or [0]
@@ -119,11 +119,11 @@ def test_lines_follow_the_money_and_every_unit_is_counted_once(
 
 
 def test_what_is_left_of_the_money_after_the_lines_is_for_delivery() -> None:
-    line = RefundedLine(line_id="1", quantity=2, amount=700)
+    line = RefundLine(line_id="1", quantity=2, amount=700)
     first, second = allot([line], [500, 400])
     assert (first, second) == (
-        [RefundedLine(line_id="1", quantity=2, amount=500)],
-        [RefundedLine(line_id="1", quantity=0, amount=200)],
+        [RefundLine(line_id="1", quantity=2, amount=500)],
+        [RefundLine(line_id="1", quantity=0, amount=200)],
     )
 
 

@@ -74,7 +74,7 @@ async def test_it_names_every_route_below_the_api_and_nothing_else() -> None:
 def test_every_route_tells_what_it_takes_gives_and_refuses(route: Route) -> None:
     told = operation(route)
     assert told["summary"] == route.doing
-    assert ("requestBody" in told) == (route.method != "GET" and route.takes is not None)
+    assert ("requestBody" in told) == (route.signed or (route.method != "GET" and route.takes is not None))
     assert ("content" in told["responses"][str(route.status)]) == (route.gives is not None)
     statuses = {str(kind.status) for kind in route.refuses}
     assert statuses | {"429", "503", str(route.status)} <= set(told["responses"])
@@ -87,7 +87,9 @@ def test_every_route_tells_what_it_takes_gives_and_refuses(route: Route) -> None
         assert {Conflict, IdempotencyMismatch} <= set(openapi.refusals(route))
     in_path = [one["name"] for one in told["parameters"] if one["in"] == "path"]
     assert in_path == re.findall(r"\{(\w+)\}", openapi.address(route))
-    assert all({"format", "pattern"} & one["schema"].keys() for one in told["parameters"] if one["in"] == "path")
+    assert all(
+        {"format", "pattern", "maxLength"} & one["schema"].keys() for one in told["parameters"] if one["in"] == "path"
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,11 @@ PRODUCTION = {
     "DATABASE_URL": "postgresql://db/waybill",
     "REDIS_URL": "rediss://cache/0",
 }
+RAZORPAY = {
+    "RAZORPAY_KEY_ID": "rzp_test_1",
+    "RAZORPAY_KEY_SECRET": "hidden-value",
+    "RAZORPAY_WEBHOOK_SECRET": "newer,older",
+}
 UNITS = ("_minor", "_bytes", "_s", "_ms", "_max", "_size", "_m", "_mps", "_per_min")
 
 
@@ -113,10 +118,18 @@ def test_production_starts_when_all_is_set() -> None:
         ({"DATABASE_URL": ""}, "set DATABASE_URL"),
         ({"REDIS_URL": ""}, "set REDIS_URL"),
         ({"RATE_LIMITS": "off"}, "unset RATE_LIMITS"),
+        ({"RAZORPAY_API_URL": "http://127.0.0.1:9000"}, "start with https://"),
+        ({"STRIPE_API_URL": "http://127.0.0.1:9000"}, "start with https://"),
     ],
 )
 def test_production_refuses_what_is_for_development(change: dict[str, str], told: str) -> None:
     assert told in sentence(PRODUCTION | change)
+
+
+def test_a_list_of_webhook_secrets_keeps_its_order() -> None:
+    assert load(RAZORPAY).razorpay_webhook_secret == "newer,older"
+    assert page.secrets_of(" newer, ,older ,") == ("newer", "older")
+    assert {"razorpay_key_secret", "razorpay_webhook_secret"} <= SECRETS
 
 
 def test_production_says_everything_that_is_missing_at_once() -> None:
@@ -127,6 +140,12 @@ def test_production_says_everything_that_is_missing_at_once() -> None:
 @pytest.mark.parametrize(
     ("environ", "told"),
     [
+        ({"GATEWAY_TIMEOUT_MS": "16000"}, "GATEWAY_TIMEOUT_MS + twice DB_TIMEOUT_MS"),
+        ({"RAZORPAY_KEY_ID": "rzp_test_1"}, "set all of them or none"),
+        (RAZORPAY | {"RAZORPAY_KEY_SECRET": ""}, "set all of them or none"),
+        (RAZORPAY | {"RAZORPAY_WEBHOOK_SECRET": ""}, "set all of them or none"),
+        (RAZORPAY | {"RAZORPAY_WEBHOOK_SECRET": " , "}, "must hold a secret"),
+        ({"RAZORPAY_API_URL": "api.razorpay.com"}, "must start with http"),
         ({"SUBSCRIBE_TIMEOUT_MS": "2000"}, "DB_TIMEOUT_MS must be less than SUBSCRIBE_TIMEOUT_MS"),
         ({"REDIS_TIMEOUT_MS": "4000"}, "REDIS_TIMEOUT_MS must be less than SUBSCRIBE_TIMEOUT_MS"),
         ({"SUBSCRIBE_TIMEOUT_MS": "2500"}, "REDIS_TIMEOUT_MS + DB_TIMEOUT_MS must be less than SUBSCRIBE_TIMEOUT_MS"),

@@ -272,6 +272,19 @@ def upgrade() -> None:
     op.create_index("ix_refunds_order", "refunds", ["order_id"], unique=False)
     op.create_index("ix_refunds_payment", "refunds", ["payment_id"], unique=False)
     op.create_index("ix_refunds_settled", "refunds", ["settled_at"], unique=False)
+    op.create_index(
+        "ix_refunds_newest",
+        "refunds",
+        [sa.literal_column("created_at desc"), sa.literal_column("id desc")],
+        unique=False,
+    )
+    op.create_index(
+        "ix_refunds_due",
+        "refunds",
+        ["status", "created_at"],
+        unique=False,
+        postgresql_where=sa.text("status <> 'succeeded'"),
+    )
     op.create_table(
         "refund_lines",
         sa.Column("refund_id", sa.Uuid(), nullable=False),

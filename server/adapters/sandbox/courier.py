@@ -90,7 +90,9 @@ class Courier:
     async def _attempt(self, parcel: Parcel) -> int | None:
         assert self._session
         try:
-            async with self._session.post(self.url, data=parcel.body, headers=parcel.headers()) as answer:
+            async with self._session.post(
+                self.url, data=parcel.body, headers=parcel.headers(), allow_redirects=False
+            ) as answer:
                 return answer.status
         except (aiohttp.ClientError, TimeoutError):
             return None

@@ -153,6 +153,10 @@ class RazorpaySandbox:
         """The bank says no to an attempt that is open."""
         return self._changed(self.books.fail(payment_id, dict(DECLINED)))
 
+    def lapse(self, payment_id: str) -> SimPayment:
+        """Days later nobody has captured an authorized payment."""
+        return self._changed(self.books.lapse(payment_id))
+
     def pay_late(self, order_id: str, method: str = "upi", after_s: float = 0) -> SimPayment:
         """Be declined, and after so many seconds pay all the same."""
         payment = self.fail(order_id, method)
@@ -338,12 +342,12 @@ class RazorpaySandbox:
         return _json(self.books.payment(done.id) if isinstance(done, SimPayment) else done)
 
     async def _act_on_payment(self, request: web.Request) -> web.Response:
-        """finish, fail, or dispute with `{amount}`."""
+        """finish, fail, lapse, or dispute with `{amount}`."""
         payment_id, wanted = request.match_info["id"], await _object(request)
         action = request.match_info["action"]
         if action == "dispute":
             return _json(msgspec.to_builtins(self.books.dispute(payment_id, int(wanted["amount"]))))
-        _chosen({"finish": self.finish, "fail": self.fail_attempt}, action)(payment_id)
+        _chosen({"finish": self.finish, "fail": self.fail_attempt, "lapse": self.lapse}, action)(payment_id)
         return _json(self.books.payment(payment_id))
 
     async def _act_on_refund(self, request: web.Request) -> web.Response:

@@ -307,6 +307,17 @@ class Books:
         self._tell("payment.failed", payment)
         return payment
 
+    def lapse(self, payment_id: str) -> SimPayment:
+        """Nobody captured it in time: the payer gets the money back."""
+        payment = self._find_payment(payment_id)
+        if payment.status != "authorized":
+            raise ApiError("Only an authorized payment can lapse.")
+        refund = self._refunded(payment, payment.amount, {}, "processed")
+        payment.status = "refunded"
+        self._tell_refund("refund.created", refund)
+        self._tell_refund("refund.processed", refund)
+        return payment
+
     def settle_refund(self, refund_id: str, succeeded: bool) -> SimRefund:
         """The bank has carried out a refund, or could not."""
         refund = self._find_refund(refund_id)
@@ -355,7 +366,7 @@ class Books:
         self._tell("payment.captured", payment, base_amount=payment.amount)
         if first:
             body = _order_body(order) | {"description": None, "checkout": None}
-            paid = _payment_body(payment) | {"reward": None}
+            paid = _payment_body(payment, reward=None)
             self._emit("order.paid", {"payment": paid, "order": body})
         elif self._mischief.duplicates_refunded:
             self._refund(payment, {})
@@ -372,6 +383,18 @@ class Books:
         if amount > left:
             raise ApiError("The refund amount provided is greater than amount captured", field="amount")
         fails = amount == FAILING_REFUND or self._mischief.refunds == "failed"
+        pending = fails or self._mischief.refunds == "pending"
+        refund = self._refunded(payment, amount, wanted, "pending" if pending else "processed")
+        payment.status = "refunded" if payment.amount_refunded == payment.amount else "captured"
+        self._tell_refund("refund.created", refund)
+        if fails:
+            self.settle_refund(refund.id, succeeded=False)
+        elif refund.status == "processed":
+            self._tell_refund("refund.processed", refund)
+        return refund
+
+    def _refunded(self, payment: SimPayment, amount: int, wanted: dict[str, Any], status: str) -> SimRefund:
+        """A new refund, in the books of its payment."""
         refund = SimRefund(
             id=self._id("rfnd"),
             payment_id=payment.id,
@@ -381,26 +404,21 @@ class Books:
             receipt=wanted.get("receipt"),
             speed=wanted.get("speed", "normal"),
             created_at=int(self._clock()),
-            status="pending" if fails or self._mischief.refunds == "pending" else "processed",
+            status=status,
         )
         self.state.refunds[refund.id] = refund
         payment.amount_refunded += amount
-        payment.status = "refunded" if payment.amount_refunded == payment.amount else "captured"
         payment.changed_at = self._clock()
-        self._tell_refund("refund.created", refund)
-        if fails:
-            self.settle_refund(refund.id, succeeded=False)
-        elif refund.status == "processed":
-            self._tell_refund("refund.processed", refund)
         return refund
 
     def _tell(self, kind: str, payment: SimPayment, **more: object) -> None:
         reward = {} if kind == "payment.authorized" else {"reward": None}
-        self._emit(kind, {"payment": _payment_body(payment) | reward | more})
+        self._emit(kind, {"payment": _payment_body(payment, **reward) | more})
 
     def _tell_refund(self, kind: str, refund: SimRefund) -> None:
         payment = self._find_payment(refund.payment_id)
-        self._emit(kind, {"refund": refund_body(refund), "payment": _payment_body(payment) | _MORE_OF_REFUNDED})
+        body = _payment_body(payment, base_amount=payment.amount) | _MORE_OF_REFUNDED
+        self._emit(kind, {"refund": refund_body(refund), "payment": body})
 
     def _tell_dispute(self, kind: str, dispute: SimDispute) -> None:
         payment = self._find_payment(dispute.payment_id)
@@ -484,7 +502,8 @@ def _order_body(order: SimOrder) -> dict[str, Any]:
     }
 
 
-def _payment_body(payment: SimPayment) -> dict[str, Any]:
+def _payment_body(payment: SimPayment, **more: object) -> dict[str, Any]:
+    """`more` stands where Razorpay puts it, before what belongs to the method."""
     how = METHODS[payment.method]
     refunded = {0: None, payment.amount: "full"}.get(payment.amount_refunded, "partial")
     return {
@@ -513,6 +532,7 @@ def _payment_body(payment: SimPayment) -> dict[str, Any]:
         **payment.error,
         "acquirer_data": {},
         "created_at": payment.created_at,
+        **more,
         **({"upi": how["upi"]} if "upi" in how else {}),
     }
 

@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import json
 import re
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -35,10 +34,12 @@ RETRIES_S = (3600.0, 4 * 3600.0, 12 * 3600.0)
 """Stripe tries three times more in a sandbox, over hours."""
 ANSWER_LIMIT_S = 10.0
 UNHEARD = frozenset({"payment_intent.created"})
-"""Events that the account's endpoint has not enabled: docs/payments.md names those that it should."""
+"""Events that the account's endpoint has not enabled: they say nothing that we need."""
 KEYS_KEPT_S = 24 * 3600
 """How long an idempotency key is remembered."""
 PAGE = Path(__file__).with_name("stripe_checkout.html")
+SAVE_AFTER_S = 0.2
+"""Changes are written to the file together."""
 EVENTS_KEPT = 10_000
 
 THROTTLED = {"error": {"type": "invalid_request_error", "code": "rate_limit", "message": "Too many requests."}}
@@ -81,6 +82,7 @@ class StripeSandbox:
         self._runner: web.AppRunner | None = None
         self._stopping = asyncio.Event()
         self._later: set[asyncio.Task[None]] = set()
+        self._saving: asyncio.TimerHandle | None = None
         state = State()
         if file is not None and file.is_file():
             state = msgspec.json.decode(file.read_bytes(), type=State)
@@ -131,6 +133,9 @@ class StripeSandbox:
         if self._runner is not None:
             await self._runner.cleanup()
         await self.courier.stop()
+        if self._file is not None and self._saving is not None:
+            self._saving.cancel()
+            self._save(self._file)
 
     def roll_secret(self, secret: str) -> None:
         """Sign with a new secret of the endpoint too; until `end_roll` with both."""
@@ -292,9 +297,13 @@ class StripeSandbox:
         return self._acted(lambda: self.books.close_dispute(named["dispute"], named["status"]))
 
     async def _roll(self, request: web.Request) -> web.Response:
-        secret = f"whsec_{secrets.token_hex(16)}"
-        self.roll_secret(secret)
-        return web.json_response({"secret": secret})
+        """Sign with another secret too; body `{secret}`. The empty secret ends the old ones."""
+        secret = str((await request.json())["secret"])
+        if secret:
+            self.roll_secret(secret)
+        else:
+            self.end_roll()
+        return web.json_response({})
 
     def _acted(self, act: Callable[[], Object]) -> web.Response:
         try:
@@ -324,12 +333,15 @@ class StripeSandbox:
         return int(self._clock())
 
     def _keep(self) -> None:
-        if self._file is None:
-            return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._file.with_suffix(".new")
+        if self._file is not None and self._saving is None:
+            self._saving = asyncio.get_running_loop().call_later(SAVE_AFTER_S, self._save, self._file)
+
+    def _save(self, file: Path) -> None:
+        self._saving = None
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_suffix(".new")
         fresh.write_bytes(msgspec.json.encode(self.books.state))
-        fresh.replace(self._file)
+        fresh.replace(file)
 
 
 Verb = Callable[[Books, Object, str], Object]

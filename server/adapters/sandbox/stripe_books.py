@@ -280,7 +280,7 @@ class Books:
             charge = self._found(self.state.charges, str(params.get("charge", "")), "charge")
         left = charge["amount_captured"] - _given_back(self.state, charge)
         amount = _whole(params, "amount") if "amount" in params else left
-        if charge["disputed"]:
+        if self._contested(charge):
             raise invalid("The charge has been charged back.", code="charge_disputed", stored=True)
         if left <= 0:
             raise invalid("The charge has already been refunded.", code="charge_already_refunded", stored=True)
@@ -489,6 +489,11 @@ class Books:
         )
 
     # looking things up
+
+    def _contested(self, charge: Object) -> bool:
+        """Whether a dispute stands between a charge and its refund: one that is open or lost."""
+        ended = ("won", "warning_closed")
+        return any(d["charge"] == charge["id"] and d["status"] not in ended for d in self.state.disputes.values())
 
     def _intent(self, intent_id: str) -> Object:
         return self._found(self.state.intents, intent_id, "payment_intent")

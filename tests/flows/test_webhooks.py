@@ -83,7 +83,7 @@ class Door(NamedTuple):
 
         async def holds() -> bool:
             untried = "select count(*) from webhooks where status = 'received' and error is null"
-            return await self.tables.fetchval(untried) == 0
+            return bool(await self.tables.fetchval(untried) == 0)
 
         await until(holds, "everything was tried")
 

@@ -232,7 +232,7 @@ class Fleet:
         self._folder = folder
         self.instances: list[Instance] = []
 
-    async def start(self, mode: str = "all", *, ready: bool = True, **env: Any) -> Instance:
+    async def start(self, mode: str = "all", *, ready: bool = True, **env: str) -> Instance:
         """Start an instance; `env` adds to or replaces its settings."""
         settings = {
             "DATABASE_URL": self.database_url,

@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import aiohttp
 import asyncpg
 import pytest
 
+from server.adapters.sandbox.mischief import Fault
 from server.adapters.sandbox.razorpay import RazorpaySandbox
 from server.adapters.sandbox.stripe import StripeSandbox
 from server.embedded import DataServers
@@ -69,6 +72,8 @@ class Shop:
             "INBOX_POLL_MS": "50",
             "RECONCILE_AFTER_S": "1",
             "SWEEP_INTERVAL_S": "1",
+            "GATEWAY_TIMEOUT_MS": "1500",
+            "BREAKER_OPEN_S": "1",
             **UNHURRIED,
         }
         self._database_url = database_url
@@ -162,7 +167,7 @@ class Shop:
                 session.post(address, json=body, headers=headers) as response,
             ):
                 found = await response.json()
-        except aiohttp.ClientError as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise Died from error
         if response.status >= 300:
             raise Refused(response.status, found)
@@ -233,6 +238,8 @@ class Buyer:
     def __init__(self, shop: Shop, provider: str, *, capture: str = "automatic") -> None:
         self.shop, self.provider, self.capture = shop, provider, capture
         self.key = uuid.uuid4().hex
+        self.payment_id = ""
+        self.refusal = ""
 
     async def place(self) -> str:
         order = await self.shop.post("/orders", {**ORDER, "paymentMethod": "online"}, SERVICE, f"{self.key}-place")
@@ -241,7 +248,11 @@ class Buyer:
 
     async def start(self, order_id: str) -> Any:
         asked = {"orderId": order_id, "provider": self.provider, "capture": self.capture}
-        return await self.shop.post("/payments", asked, SERVICE, f"{self.key}-start")
+        payment = await self.shop.post("/payments", asked, SERVICE, f"{self.key}-start")
+        self.payment_id = payment["id"]
+        if payment["status"] == "unknown":
+            raise Refused(503, {"code": "unknown"})
+        return payment
 
     def pay(self, payment: Any) -> dict[str, str]:
         """In the browser, once; what the checkout hands over."""
@@ -293,7 +304,9 @@ async def pays_what_staff_captures(shop: Shop, buyer: Buyer) -> None:
     order = await buyer.place()
     payment = await buyer.start(order)
     await buyer.verify(payment, buyer.pay(payment))
-    await shop.post(f"/payments/{payment['id']}/capture", {"amount": 25_200, "currency": "INR"}, STAFF)
+    await shop.post(
+        f"/payments/{payment['id']}/capture", {"amount": 25_200, "currency": "INR"}, STAFF, f"{buyer.key}-capture"
+    )
 
 
 async def pays_in_cash_what_was_begun_online(shop: Shop, buyer: Buyer) -> None:
@@ -346,14 +359,10 @@ async def test_nothing_is_lost_whenever_a_server_dies(shop: Shop, capsys: pytest
     for part in ("before the commit of", "after the commit of", "Razorpay.create", "Stripe.refund", "Razorpay.fetch"):
         assert any(part in moment for moment in moments), part
     for moment in moments:
-        print(moment, flush=True)
-        began=asyncio.get_running_loop().time()
         await shop.bear(moment)
-        print('born', asyncio.get_running_loop().time()-began)
         if shop.alive:
             await everybody_buys(shop)
         await shop.dead()
-        print('dead', asyncio.get_running_loop().time()-began)
     await shop.bear(None)
     for story in shop.unfinished:
         await story()
@@ -362,3 +371,89 @@ async def test_nothing_is_lost_whenever_a_server_dies(shop: Shop, capsys: pytest
     with capsys.disabled():
         print(f"\ndied at {len(moments)} moments, {len(shop.unfinished)} buyers tried again")
 
+
+# everything at once, with gateways that misbehave
+
+SEED = secrets.randbelow(1_000_000)
+PAYMENTS = int(os.environ.get("STORM_PAYMENTS", "200"))
+AT_ONCE = 16
+TRIES_MAX = 60
+
+
+async def misbehave(shop: Shop, luck: random.Random) -> None:
+    """Something else goes wrong with the gateways every moment, until cancelled."""
+    try:
+        while True:
+            for mischief in (shop.razorpay.mischief, shop.stripe.mischief):
+                mischief.fault = luck.choice([None, None, *Fault])
+                mischief.fault_calls = luck.randint(1, 2)
+                mischief.webhook_copies = luck.choice([1, 1, 2, 3])
+                mischief.webhook_shuffle_s = luck.choice([0, 0.2, 0.5])
+                mischief.webhooks_lost = luck.choice([0, 0, 0, 3])
+                mischief.refunds = luck.choice(["processed", "processed", "pending"])
+            await asyncio.sleep(luck.uniform(0.05, 0.3))
+    finally:
+        for mischief in (shop.razorpay.mischief, shop.stripe.mischief):
+            mischief.fault, mischief.webhooks_lost, mischief.refunds = None, 0, "processed"
+
+
+async def nags(shop: Shop, luck: random.Random, payment_id: str) -> None:
+    """Staff and customers who cannot wait: they ask again, and refund twice at once."""
+    asked: list[Awaitable[Any]] = [shop.post(f"/payments/{payment_id}/reconcile", {}, STAFF) for _ in range(2)]
+    asked += [shop.post(f"/payments/{payment_id}/verify", {}, CUSTOMER)]
+    everything = {"reason": "Never came"}
+    asked += [shop.post(f"/payments/{payment_id}/refunds", everything, SERVICE) for _ in range(luck.choice([0, 2]))]
+    luck.shuffle(asked)
+    await asyncio.gather(*asked, return_exceptions=True)
+
+
+async def test_a_storm_of_payments_adds_up(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    """`STORM_PAYMENTS=5000 scripts/test tests/faults/test_money.py -k storm` makes it a long one."""
+    luck = random.Random(SEED)
+    with capsys.disabled():
+        print(f"\nseed {SEED}, {PAYMENTS} payments")
+    await shop.bear(None)
+    room = asyncio.Semaphore(AT_ONCE)
+
+    async def live(number: int) -> None:
+        story, provider = STORIES[number % len(STORIES)]
+        buyer = Buyer(shop, provider)
+        async with room:
+            for _ in range(TRIES_MAX):
+                try:
+                    await story(shop, buyer)
+                    break
+                except Died:
+                    await asyncio.sleep(luck.uniform(0.1, 0.5))
+                except Refused as refusal:
+                    status, problem = refusal.args
+                    if status < 500:
+                        buyer.refusal = problem["code"]
+                        break
+                    await asyncio.sleep(luck.uniform(0.1, 0.5))
+            else:
+                raise AssertionError(f"{story.__name__} never ended")
+            if buyer.payment_id and luck.random() < 0.3:
+                await nags(shop, luck, buyer.payment_id)
+
+    trouble = asyncio.create_task(misbehave(shop, luck))
+    buyers = [asyncio.create_task(live(number)) for number in range(PAYMENTS)]
+    while not all(task.done() for task in buyers):
+        await asyncio.wait(buyers, timeout=luck.uniform(3, 5))
+        if not all(task.done() for task in buyers):
+            await shop.kill()
+            await shop.bear(None)
+    for task in buyers:
+        task.result()
+    trouble.cancel()
+    await asyncio.wait((trouble,))
+    for refund_id, refund in shop.razorpay.books.state.refunds.items():
+        if refund.status == "pending":
+            shop.razorpay.settle_refund(refund_id, succeeded=True)
+    for refund_id, found in shop.stripe.books.state.refunds.items():
+        if found["status"] == "pending":
+            shop.stripe.books.settle_refund(refund_id, "succeeded")
+    await shop.quiet()
+    await shop.check()
+    (row,) = await shop.fetch("select count(*) as n from payments where completed_at is not null")
+    assert row["n"] > PAYMENTS / 3, "most of them have paid"

@@ -1,5 +1,6 @@
-"""Servers that die with SIGKILL at every moment between two steps of money: before and after every commit that writes and
-every call to a gateway, enumerated by the test itself. Whoever comes after them makes whole what was begun.
+"""Servers that die with SIGKILL at every moment between two steps of money, before and after every commit that writes
+and every call to a gateway, enumerated by the test itself: whoever comes after them makes whole what was begun. And a
+storm of payments with gateways that misbehave.
 """
 
 from __future__ import annotations
@@ -199,8 +200,8 @@ class Shop:
         ours = {
             (row["provider"], row["key"]): (row["amount"], row["back"])
             for row in await self.fetch(
-                "select c.provider, c.key, c.amount, coalesce(sum(r.amount) filter (where r.status = 'succeeded'), 0)::int "
-                "as back from captures c left join refunds r on r.provider = c.provider and r.capture_key = c.key "
+                "select c.provider, c.key, c.amount, "
+                "coalesce(sum(r.amount) filter (where r.status = 'succeeded'), 0)::int as back from captures c left join refunds r on r.provider = c.provider and r.capture_key = c.key "
                 "where c.provider <> 'cash' group by 1, 2, 3"
             )
         }

@@ -125,7 +125,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     jobs_at_once_max: Annotated[
         Annotated[int, Meta(ge=2, le=1000)], Meta(description="background jobs that one process runs at once")
-    ] = 10
+    ] = 20
     job_poll_ms: Annotated[
         Milliseconds,
         Meta(description="how often jobs are looked for without news of one; behind a pooler there is no news"),

@@ -36,7 +36,7 @@ class NamingGateway:
         return web.json_response({"id": self.next_id, **made, **told, "client_secret": f"{self.next_id}_secret_x"})
 
     @property
-    def settings(self) -> dict[str, str]:
+    def settings(self) -> dict[str, Any]:
         """What an instance needs to talk to this."""
         return {
             "RAZORPAY_KEY_ID": "rzp_test_flows",
@@ -69,7 +69,7 @@ async def naming_gateway() -> AsyncIterator[NamingGateway]:
 
 def signed(provider: Provider, body: bytes, event_id: str = "", secret: str | None = None) -> dict[str, str]:
     """The headers with which the gateway sends this body."""
-    key = (secret or SECRETS[provider]).encode()
+    key = (SECRETS[provider] if secret is None else secret).encode()
     if provider is Provider.RAZORPAY:
         named = {"X-Razorpay-Event-Id": event_id} if event_id else {}
         return {"X-Razorpay-Signature": hmac.digest(key, body, hashlib.sha256).hex(), **named}

@@ -12,7 +12,7 @@ import json
 import os
 import random
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 import asyncpg
@@ -318,14 +318,12 @@ class Teller:
 
     async def tell(self, stories: Sequence[Story]) -> None:
         """Everything that happens in these stories, each webhook several times, in one shuffled row."""
-        happenings: list[Callable[[], Awaitable[None]]] = []
+        happenings: list[tuple[Story, Hook | None]] = []
         for story in stories:
-            happenings.append(lambda story=story: self.begin(story))  # type: ignore[misc]
-            for hook in story.hooks * COPIES:
-                happenings.append(lambda story=story, hook=hook: self.deliver(story, hook))  # type: ignore[misc]
+            happenings += [(story, None), *((story, hook) for hook in story.hooks * COPIES)]
         self._luck.shuffle(happenings)
-        for happening in happenings:
-            await happening()
+        for story, hook in happenings:
+            await (self.begin(story) if hook is None else self.deliver(story, hook))
 
     async def all_applied(self) -> None:
         async def holds() -> bool:

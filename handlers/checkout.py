@@ -19,6 +19,7 @@ from handlers.context import Tx
 from handlers.jobs import enqueue
 from handlers.orders import SEEN, order_uuid
 from handlers.payments import (
+    CLOSED,
     PAYABLE,
     PAYERS,
     READ,
@@ -44,7 +45,7 @@ from handlers.payments import (
 )
 from handlers.ports import Done, GatewayAway, GatewayFailed, GatewayRefused, Gateways, GatewayUnknown, Once
 from handlers.settlement import OrderMoney, PaymentRow, open_book, open_order, read_row, view
-from models.base import Strict
+from models.base import Strict, View
 from models.errors import (
     AmountMismatch,
     Conflict,
@@ -108,6 +109,26 @@ async def permit_start(tx: Tx, actor: Actor, cmd: StartPayment) -> None:
         raise NotFound("There is no such order.")
     if cmd.capture is Capture.MANUAL:
         require_role(actor, BACK_OFFICE, "ask for a payment that is captured by hand")
+
+
+class Offer(View):
+    provider: Provider
+    sandbox: Annotated[bool | None, Meta(description="true: a simulator, no money moves")] = None
+
+
+class Offers(msgspec.Struct, frozen=True):
+    items: Annotated[list[Offer], Meta(description="what takes payments now, the one first that is taken by default")]
+
+
+def offers(actor: Actor, gateways: Gateways) -> Offers:
+    """The providers that take payments now.
+
+    Raises:
+        Forbidden.
+    """
+    require(actor, BACK_OFFICE | PAYERS, "pay for orders")
+    found = [gateways[provider] for provider in OFFERED if provider in gateways]
+    return Offers([Offer(provider=one.provider, sandbox=one.simulated or None) for one in found if one.offered])
 
 
 def first_offered(gateways: Gateways) -> Provider:
@@ -300,7 +321,9 @@ async def _create(desk: Desk, actor: Actor, found: _Found) -> Done:
 # what a payer's browser needs
 
 
-CONTACT = "select p.*, o.contact from payments p join orders o on o.id = p.order_id where p.id = $1"
+CHECKOUT = (
+    "select p.*, o.contact, o.status as order_status from payments p join orders o on o.id = p.order_id where p.id = $1"
+)
 
 
 async def checkout(desk: Desk, payment_id: str, secret: str | None) -> dict[str, Any] | None:
@@ -311,11 +334,11 @@ async def checkout(desk: Desk, payment_id: str, secret: str | None) -> dict[str,
         Unavailable: the gateway does not answer.
     """
     async with desk.transactions() as tx:
-        found = await tx.one(CONTACT, uuid.UUID(payment_id))
+        found = await tx.one(CHECKOUT, uuid.UUID(payment_id))
     assert found is not None
     row = read_row(found)
     gateway = desk.gateways.get(row.provider)
-    if gateway is None or row.gateway_order_id is None or row.status not in PAYABLE:
+    if gateway is None or row.gateway_order_id is None or row.status not in PAYABLE or found["order_status"] in CLOSED:
         return None
     if secret is None:
         try:

@@ -43,6 +43,9 @@ class Done(NamedTuple):
     result: Any
     secret: str | None = None
     """What the answer shows and nobody stores: Stripe's client secret, where it is known already."""
+    anew: bool = False
+    """The result holds a secret that only the verb can make again (the address of a bank's page): a repeat runs it, and
+    nothing is stored."""
 
 
 class Closing(NamedTuple):
@@ -197,6 +200,11 @@ class Gateway(Protocol):
     @property
     def offered(self) -> bool:
         """False while the breaker is open."""
+        ...
+
+    @property
+    def simulated(self) -> bool:
+        """A simulator of ours: no money moves."""
         ...
 
     def check_amount(self, amount: int, currency: str) -> None:

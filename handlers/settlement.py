@@ -37,7 +37,6 @@ from models.payment import (
     PaymentStatus,
     Provider,
     RefundNews,
-    RefundReport,
     Report,
     Source,
     after,
@@ -679,8 +678,9 @@ class Book:
             None,
         )
         if found is None:
-            if news.report is RefundReport.FAILED or news.currency != self.payment.currency:
+            if news.currency != self.payment.currency:
                 return
+            # also one that failed: should an older message call it made, that must not look as if it were
             (refund_id, *_) = await self.reserve(news.amount, AT_GATEWAY, capture_key=key, requested_by=AT_GATEWAY)
             rows = [_refund(row) for row in await self.tx.all(REFUNDS_OF, self.payment.id)]
             found = next(row for row in rows if row.id == refund_id)

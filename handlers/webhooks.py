@@ -21,7 +21,7 @@ from handlers.cursors import decode_cursor, encode_cursor
 from handlers.ports import Delivery, Gateways
 from handlers.settlement import House, UnknownPayment, settle
 from models.base import Reason, Strict, Time, UuidText, View, rfc3339
-from models.errors import Conflict, Forbidden, NotFound, Refused, Unavailable
+from models.errors import Conflict, Forbidden, NotFound, NotRefundable, Refused, Unavailable
 from models.inbox import WebhookStatus, webhooks
 from models.order import require_role
 from models.payment import GATEWAYS, Provider, Source
@@ -120,12 +120,19 @@ HELD = "id = $1 and attempts = $2 and status in ('received', 'parked')"
 # with it its hold on the webhook, until the lock is free.
 HOLD = f"select set_config('lock_timeout', $3, true) from webhooks where {HELD} for update skip locked"
 
-APPLIED = "update webhooks set status = 'applied', settled_at = $2, error = null where id = $1"
+# What is parked about the same is tried again, as a refund that came before its capture. Running tries are skipped.
+APPLIED = """
+with applied as (
+    update webhooks set status = 'applied', settled_at = $2, error = null where id = $1 returning refs)
+update webhooks set next_at = $2 where id = any (array(
+    select parked.id from webhooks parked, applied
+    where parked.id <> $1 and parked.status = 'parked' and parked.refs && applied.refs
+    for update of parked skip locked))"""
 
 
 async def apply(tx: Tx, gateways: Gateways, house: House, patience: Patience, taken: Taken) -> bool:
-    """Book what the webhook says, in one transaction. False: it is not ours any more, because somebody else has taken
-    it or staff has decided.
+    """Book what the webhook says, and wake what is parked about the same, in one transaction. False: it is not ours any
+    more, because somebody else has taken it or staff has decided.
 
     Raises:
         UnknownPayment, Unreadable, and whatever else goes wrong: then nothing is booked, and `put_off` is called in
@@ -150,6 +157,10 @@ AGAIN = f"update webhooks set error = $3 where {HELD} returning 1"
 UNCOUNT = f"update webhooks set attempts = attempts - 1 where {HELD} returning 1"
 
 
+NOT_KNOWN_YET = (UnknownPayment, NotRefundable)
+"""It speaks of a payment, or gives back money, that we have not heard of."""
+
+
 class PutOff(NamedTuple):
     """What became of a webhook that could not be applied."""
 
@@ -166,13 +177,13 @@ async def put_off(tx: Tx, taken: Taken, error: Exception, patience: Patience) ->
     age = now - taken.received_at
     if isinstance(error, Unavailable):
         outcome, row = "away", await tx.one(UNCOUNT, *held)
-    elif isinstance(error, UnknownPayment) and age < dt.timedelta(seconds=patience.park_s):
-        # The settle path wakes it when its object appears. Should that happen while it is being parked, it is tried
-        # again soon: what is young is tried often, what has waited for a day hardly ever.
+    elif isinstance(error, NOT_KNOWN_YET) and age < dt.timedelta(seconds=patience.park_s):
+        # It is woken when something is learned about its names. Should that happen while it is being parked, it is
+        # tried again soon: what is young is tried often, what has waited for a day hardly ever.
         pause = max(dt.timedelta(seconds=patience.retry_base_s), age)
         next_at = min(now + pause, taken.received_at + dt.timedelta(seconds=patience.park_s))
         outcome, row = "parked", await tx.one(PARK, *held, next_at, text)
-    elif isinstance(error, UnknownPayment | Unreadable) or taken.attempts >= patience.attempts_max:
+    elif isinstance(error, (*NOT_KNOWN_YET, Unreadable)) or taken.attempts >= patience.attempts_max:
         outcome, row = "dead", await tx.one(GIVE_UP, *held, now, text)
     else:
         outcome, row = "failed", await tx.one(AGAIN, *held, text)

@@ -1,4 +1,5 @@
-"""The demo: an order that is placed, cooked, carried through Bengaluru and delivered, again and again.
+"""The demo: an order that is placed, cooked, carried through Bengaluru and delivered, again and again; and one that
+waits for somebody to pay it.
 
 It uses the doors as any client would: REST on loopback, with tokens of its own.
 """
@@ -54,8 +55,8 @@ async def run_demo(process: Process, say: Callable[[str], None]) -> None:
     base = f"http://127.0.0.1:{process.port}"
     async with aiohttp.ClientSession(trust_env=False) as session:
         client = _Client(session, base, process)
-        order = await client.place()
-        say(_welcome(process, order))
+        order, to_pay = await client.place(), await client.payment_link()
+        say(_welcome(process, order, to_pay))
         while True:
             try:
                 await client.deliver(order["id"])
@@ -99,6 +100,13 @@ class _Client:
         agent = {"agentId": "demo-agent", "agentName": "Asha Kumar", "vehicle": "KA 01 1234"}
         return await self._post(f"/orders/{order['id']}/assign", agent, Role.SERVICE, "demo-shop")
 
+    async def payment_link(self) -> str:
+        """Where an order can be paid that waits for its money."""
+        order = await self._post("/orders", {**ORDER, "paymentMethod": "online"}, Role.SERVICE, "demo-shop")
+        link = await self._post(f"/orders/{order['id']}/payment-link", {}, Role.SERVICE, "demo-shop")
+        url: str = link["url"]
+        return url
+
     async def deliver(self, order_id: str) -> None:
         for status in ("confirmed", "preparing", "ready"):
             await asyncio.sleep(STAGE_S)
@@ -121,7 +129,7 @@ def _position(share: float) -> dict[str, Any]:
     return {"lat": round(lat, 6), "lng": round(lng, 6), "ts": int(time.time() * 1000), "accuracy": 8}
 
 
-def _welcome(process: Process, order: dict[str, Any]) -> str:
+def _welcome(process: Process, order: dict[str, Any], to_pay: str) -> str:
     day_s = 24 * 3600
     tokens = {
         role: mint(process.settings, sub=sub, role=role, ttl_s=day_s)
@@ -141,6 +149,8 @@ Waybill is ready.
   Open        {base}/docs
   Demo order  {order["id"]} (it moves by itself)
   See it move {base}/track/{order["id"]}#token={tokens[Role.CUSTOMER]}
+  Pay another {to_pay}
+              (it waits {process.settings.payment_expiry_s // 60} minutes; without a gateway's keys no money moves)
 
   Tokens, good for a day
     customer  {tokens[Role.CUSTOMER]}

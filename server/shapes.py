@@ -131,8 +131,9 @@ def _never_null(annotation: Any) -> Any:
     if get_origin(annotation) is Annotated:
         inner = _never_null(annotation.__origin__)
         return reduce(lambda type_, meta: Annotated[type_, meta], annotation.__metadata__, inner)
-    members = [one for one in get_args(annotation) if one is not type(None)] or [annotation]
-    return reduce(or_, members) | UnsetType
+    if annotation is Any:  # anything, when it is there
+        return annotation
+    return reduce(or_, [one for one in get_args(annotation) if one is not type(None)]) | UnsetType
 
 
 def _portable(schema: Any) -> Any:

@@ -85,6 +85,10 @@ class Razorpay:
     def offered(self) -> bool:
         return self._breaker.offered
 
+    @property
+    def simulated(self) -> bool:
+        return bool(self._sandbox_url)
+
     def check_amount(self, amount: int, currency: str) -> None:
         if currency == "INR" and amount < INR_MIN:
             raise AmountTooSmall("Razorpay takes INR 1.00 or more.")

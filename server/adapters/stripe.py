@@ -113,6 +113,10 @@ class Stripe:
     def offered(self) -> bool:
         return self._breaker.offered
 
+    @property
+    def simulated(self) -> bool:
+        return bool(self._sandbox_url)
+
     def check_amount(self, amount: int, currency: str) -> None:
         """See the port."""
         stripe_money.check(amount, currency)

@@ -66,6 +66,22 @@ async def test_guest_sees_timeline_and_moving_marker(shop: Instance, visitor: Vi
     assert link["secret"] not in shop.log.read_text()
 
 
+async def test_an_order_that_waits_for_its_payment_says_until_when(shop: Instance, visitor: Visitor) -> None:
+    order = await shop.place(paymentMethod="online")
+    page = await visitor.open((await link_of(shop, order))["url"])
+    await live(page)
+    about = page.locator("#about")
+    await expect(about).to_have_text(re.compile(r"^Waiting for the payment until \d+:\d\d\W[ap]m\.$"))
+    await shop.post(f"/orders/{order['id']}/payment-method", {"paymentMethod": "cash"})
+    await expect(about).to_have_text("Waiting for the shop to confirm it.")
+    await shop.post(f"/orders/{order['id']}/payment-method", {"paymentMethod": "online"})
+    await expect(about).to_have_text(re.compile("^Waiting for the payment until "))
+    await shop.post("/payments", {"orderId": order["id"], "provider": "razorpay"})
+    await expect(about).to_have_text(re.compile("^Waiting for the payment until "))
+    text = await page.locator("body").inner_text()
+    assert "252" not in text, "a guest that tracks sees no amounts"
+
+
 async def test_headers_on_their_way_through_the_server(shop: Instance, visitor: Visitor) -> None:
     visitor.expected.append(UNKNOWN)
     page = await visitor.page()

@@ -106,6 +106,7 @@ GET /orders/{order_id}/watchers               f  f  f  f  f   o  o  n  n  n   o 
 POST /orders/{order_id}/tracking-link         o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
 POST /orders/{order_id}/payment-link          f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
 DELETE /orders/{order_id}/links/{link_id}     o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
+GET /payments/providers                       o  o  o  o  o   f  f  f  f  f   o  o  o  o  o  o  f  f   o  o   f  u
 POST /links/follow                            o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o  o
 POST /tokens/revoke                           f  f  f  f  f   f  f  f  f  f   f  f  o  o  o  o  f  f   f  f   f  u
 GET /jobs                                     f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f  u
@@ -118,6 +119,7 @@ GET /cash/agents/{agent_id}                   f  f  f  f  f   o  f  f  n  f   o 
 POST /cash/handovers                          f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f  u
 GET /ledger/trial-balance                     f  f  f  f  f   f  f  f  f  f   f  f  o  f  f  f  f  f   f  f   f  u
 GET /audit                                    f  f  f  f  f   f  f  f  f  f   f  f  o  f  f  f  f  f   f  f   f  u
+GET /reconciliation/{date}                    f  f  f  f  f   f  f  f  f  f   f  f  n  f  f  f  f  f   f  f   f  u
 POST /payments/{payment_id}/refunds           f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
 POST /orders/{order_id}/refunds               f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
 GET /payments/{payment_id}/refunds            o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   f  u
@@ -195,6 +197,7 @@ def body_of(call: str, to: Target) -> Any:
         "POST /orders/{order_id}/tracking-link": {},
         "POST /orders/{order_id}/payment-link": {},
         "POST /links/follow": {"secret": to.secret},
+        "POST /jobs/{job_id}/retry": {},
         "POST /jobs/{job_id}/dismiss": {"reason": "No"},
         "POST /payments/{payment_id}/refunds": {"reason": "Cold", "amount": 100, "currency": "INR"},
         "POST /orders/{order_id}/refunds": {"reason": "Cold", "amount": 100, "currency": "INR"},
@@ -229,7 +232,7 @@ async def answer(instance: Instance, call: str, to: Target, by: str | None) -> s
             return str(refusals[0]["data"]["code"])
     method, path = call.split(" ")
     path = path.replace("{order_id}", to.id).replace("{link_id}", to.link_id).replace("{job_id}", "0")
-    path = path.replace("{agent_id}", "a1")
+    path = path.replace("{agent_id}", "a1").replace("{date}", "2999-01-01")
     path = path.replace("{payment_id}", to.payment_id).replace("{refund_id}", to.refund_id)
     reply = await instance.request(method, path, body_of(call, to), by=by)
     if reply.status >= 400:

@@ -762,7 +762,7 @@ async def test_a_unit_that_many_give_back_at_once_goes_back_once(counter: Counte
     items = [{"name": name, "quantity": 2, "unitPrice": 5000} for name in ("Idli", "Vada")]
     order = await counter.order(items=items)
     payment_id = await counter.pay(order)
-    one = {"lines": [{"lineId": "1", "quantity": 1}], "includeDelivery": True}
+    one: dict[str, Any] = {"lines": [{"lineId": "1", "quantity": 1}], "includeDelivery": True}
     outcomes = await race(*(counter.refund(payment_id, **one) for _ in range(10)))
     assert len([outcome for outcome in outcomes if isinstance(outcome, NotRefundable)]) == 8
     assert (await counter.money(payment_id))["refunded"] == 10_000

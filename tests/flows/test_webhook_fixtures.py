@@ -13,6 +13,7 @@ import os
 import random
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import asyncpg

@@ -77,6 +77,11 @@ UNTOLD = {
     "handOver": "which codes are currencies, an Idempotency-Key may be used once",
     "agentCash": "which codes are currencies",
     "trialBalance": "which codes are currencies",
+    "refundPayment": "which lines the order has, the currency is the payment's, an Idempotency-Key may be used once",
+    "refundOrder": "the same",
+    "retryRefund": "`manual` needs a reference, an Idempotency-Key may be used once",
+    "listRefunds": "a cursor is one of ours",
+    "refundsOfPayment": "the same",
     "dailyStats": "which names are time zones, and REPORT_DAYS_MAX, a setting",
     "analytics": "the same",
 }

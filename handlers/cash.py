@@ -11,10 +11,9 @@ from msgspec import UNSET, Meta, UnsetType
 from handlers import audit
 from handlers.checkout import withdraw_intents
 from handlers.context import Row, Tx
-from handlers.jobs import enqueue
 from handlers.orders import order_uuid
 from handlers.payments import CLOSED, AskedAmount, CurrencyCode, Desk
-from handlers.settlement import Book, PaymentRow, Terms, open_order, view
+from handlers.settlement import Book, PaymentRow, Terms, open_order, stop_payments, view
 from models.base import Id, LongText, Strict, Time, UuidText, View, rfc3339
 from models.cash import Taken, Units, take
 from models.errors import CurrencyMismatch, Forbidden, NotFound, OrderClosed
@@ -60,8 +59,7 @@ class TakeCash(Strict):
 SUPERSEDE = """
 update payments set superseded = true, updated_at = $2
 where order_id = $1 and provider in ('razorpay', 'stripe')
-    and status in ('pending', 'processing', 'authorized', 'unknown')
-returning id"""
+    and status in ('pending', 'processing', 'authorized', 'unknown')"""
 
 
 async def make_room(desk: Desk, actor: Actor, cmd: TakeCash, rules: Rules) -> None:
@@ -86,8 +84,8 @@ async def take_cash(tx: Tx, actor: Actor, cmd: TakeCash, rules: Rules, terms: Te
     order, due = book.order, book.order.due
     note = None if isinstance(cmd.note, UnsetType) else cmd.note
     now, payment_id = tx.now(), uuid.UUID(tx.new_id())
-    for row in await tx.all(SUPERSEDE, order.id, now):
-        await enqueue(tx, "cancel_payment", str(row["id"]))
+    await tx.one(SUPERSEDE, order.id, now)
+    await stop_payments(tx, book.order_id)
     payment = PaymentRow(
         id=payment_id,
         order_id=order.id,

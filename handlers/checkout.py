@@ -19,6 +19,7 @@ from handlers.context import Tx
 from handlers.jobs import enqueue
 from handlers.orders import SEEN, order_uuid
 from handlers.payments import (
+    CLOSED,
     PAYABLE,
     PAYERS,
     READ,
@@ -320,7 +321,9 @@ async def _create(desk: Desk, actor: Actor, found: _Found) -> Done:
 # what a payer's browser needs
 
 
-CONTACT = "select p.*, o.contact from payments p join orders o on o.id = p.order_id where p.id = $1"
+CHECKOUT = (
+    "select p.*, o.contact, o.status as order_status from payments p join orders o on o.id = p.order_id where p.id = $1"
+)
 
 
 async def checkout(desk: Desk, payment_id: str, secret: str | None) -> dict[str, Any] | None:
@@ -331,11 +334,11 @@ async def checkout(desk: Desk, payment_id: str, secret: str | None) -> dict[str,
         Unavailable: the gateway does not answer.
     """
     async with desk.transactions() as tx:
-        found = await tx.one(CONTACT, uuid.UUID(payment_id))
+        found = await tx.one(CHECKOUT, uuid.UUID(payment_id))
     assert found is not None
     row = read_row(found)
     gateway = desk.gateways.get(row.provider)
-    if gateway is None or row.gateway_order_id is None or row.status not in PAYABLE:
+    if gateway is None or row.gateway_order_id is None or row.status not in PAYABLE or found["order_status"] in CLOSED:
         return None
     if secret is None:
         try:

@@ -448,10 +448,10 @@ async def confirm(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Co
             check_payable((await open_book(tx, payment_id)).order)
             if row.gateway_order_id is None or row.superseded or row.status not in {*PAYABLE, P.FAILED}:
                 raise Conflict(f"This payment is {row.status}; start another one.")
+            gateway = gateway_of(desk.gateways, row.provider)
         await once.begin(tx, payment_id)
     if row.has_completed:
         return Done(200, view(row))
-    gateway = gateway_of(desk.gateways, row.provider)
     try:
         confirmed: Confirmed = await gateway.confirm(known(row), cmd.payment_method_id, cmd.return_url)
     except GatewayRefused as error:
@@ -468,7 +468,7 @@ async def confirm(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Co
     shown = view(await settle_all(desk, payment_id, [confirmed.news], Source.CLIENT, actor))
     if confirmed.redirect_url is not None:
         shown.next_action = {"type": "redirect", "url": confirmed.redirect_url}
-    return Done(200, shown)
+    return Done(200, shown, anew=confirmed.redirect_url is not None)
 
 
 # capture
@@ -490,6 +490,7 @@ async def capture(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Ca
         before = row.expected
         if not repeated:
             _check_capture(book, cmd)
+            gateway = gateway_of(desk.gateways, row.provider)
             row.expected = cmd.amount
             await book.close(Source.STAFF, "capture.asked", cmd, actor=actor)
             asked = {"amount": cmd.amount, "currency": cmd.currency}
@@ -498,9 +499,8 @@ async def capture(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Ca
     if repeated:
         return Done(200, view(row))
     try:
-        gateway = gateway_of(desk.gateways, row.provider)
         news = await gateway.capture(known(row), cmd.amount, cmd.currency)
-    except (GatewayRefused, GatewayAway, Unavailable) as error:
+    except (GatewayRefused, GatewayAway) as error:
         async with desk.transactions() as tx:
             book = await open_book(tx, payment_id)
             if not book.payment.captured:
@@ -508,7 +508,7 @@ async def capture(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Ca
             await book.close(Source.SYSTEM, "capture.failed", {"message": str(error)})
             if isinstance(error, GatewayRefused) and error.news is not None:
                 await settle(tx, error.news, Source.STAFF, desk.house, actor=actor, payment_id=payment_id)
-        raise (as_refusal(error) if isinstance(error, GatewayFailed) else error) from error
+        raise as_refusal(error) from error
     except GatewayUnknown:
         return await _unknown(desk, payment_id, "reconcile")
     return Done(200, view(await settle_all(desk, payment_id, [news], Source.STAFF, actor)))
@@ -567,7 +567,8 @@ async def _cancel(desk: Desk, once: Once, actor: Actor, payment_id: str, action:
         await once.begin(tx, payment_id)
         if row.status is P.CANCELLED:
             return Done(200, view(row))
-        await record(tx, actor, action, row, {"status": row.status}, None)
+        # what was asked for: whether it came so is in the payment's history
+        await record(tx, actor, action, row, {"status": row.status}, {"status": P.CANCELLED})
         if row.gateway_order_id is None or (
             action == "cancel" and row.provider is Provider.RAZORPAY and row.status is P.PENDING
         ):
@@ -577,7 +578,7 @@ async def _cancel(desk: Desk, once: Once, actor: Actor, payment_id: str, action:
             book.report(news, desk.house.terms)
             await book.close(source_of(actor), action, {}, actor=actor)
             return Done(200, view(row))
-    gateway = gateway_of(desk.gateways, row.provider)
+        gateway = gateway_of(desk.gateways, row.provider)
     try:
         told = await gateway.cancel(known(row))
     except (GatewayRefused, GatewayAway) as error:
@@ -615,9 +616,9 @@ async def reconcile(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: 
         row = await permit_staff(tx, actor, payment_id)
         if row.provider not in GATEWAYS:
             raise Invalid("Only payments by a gateway can be asked about.")
+        gateway = gateway_of(desk.gateways, row.provider)
         await once.begin(tx, payment_id)
         await record(tx, actor, "reconcile", row, {"status": row.status}, None)
-    gateway = gateway_of(desk.gateways, row.provider)
     try:
         if row.gateway_order_id is None:
             if row.status in OPEN:

@@ -43,6 +43,9 @@ class Done(NamedTuple):
     result: Any
     secret: str | None = None
     """What the answer shows and nobody stores: Stripe's client secret, where it is known already."""
+    anew: bool = False
+    """The result holds a secret that only the verb can make again (the address of a bank's page): a repeat runs it, and
+    nothing is stored."""
 
 
 class Closing(NamedTuple):

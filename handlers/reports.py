@@ -103,32 +103,43 @@ class Calendar(NamedTuple):
 # $1, $2: the range; $3: where its periods start. Each thing is found by its own time, then all are summed.
 _STATS = """
 with happened as (
-    select p.created_at as at, p.currency, {key} as key, 1 as started, 0 as completed, 0 as failed, 0::bigint as gross,
-        0::bigint as refunded
+    select p.created_at as at, p.currency, {payment} as key, 1 as started, 0 as completed, 0 as failed,
+        0::bigint as gross, 0::bigint as refunded
     from payments p where p.created_at >= $1 and p.created_at < $2
     union all
-    select p.completed_at, p.currency, {key}, 0, 1, 0, 0, 0
+    select p.completed_at, p.currency, {payment}, 0, 1, 0, 0, 0
     from payments p where p.completed_at >= $1 and p.completed_at < $2
     union all
-    select p.status_at, p.currency, {key}, 0, 0, 1, 0, 0
+    select p.status_at, p.currency, {payment}, 0, 0, 1, 0, 0
     from payments p where p.status = 'failed' and p.completed_at is null and p.status_at >= $1 and p.status_at < $2
     union all
-    select c.at, c.currency, {key}, 0, 0, 0, c.amount, 0
-    from captures c join payments p on p.id = c.payment_id where c.at >= $1 and c.at < $2
+    select c.at, c.currency, {capture}, 0, 0, 0, c.amount, 0
+    from captures c {of_capture} where c.at >= $1 and c.at < $2
     union all
-    select r.settled_at, r.currency, {key}, 0, 0, 0, 0, r.amount
-    from refunds r join payments p on p.id = r.payment_id
+    select r.settled_at, r.currency, {refund}, 0, 0, 0, 0, r.amount
+    from refunds r {of_refund}
     where r.status = 'succeeded' and r.settled_at >= $1 and r.settled_at < $2
 )
 select width_bucket(at, $3::timestamptz[]) as period, currency, key, sum(started) as started,
     sum(completed) as completed, sum(failed) as failed, sum(gross) as gross, sum(refunded) as refunded
 from happened group by 1, 2, 3 order by 1, 2, 3"""
 
+
+def _of_payment(key: str) -> str:
+    """The statement for what only the payment itself knows."""
+    joined = {
+        "of_capture": "join payments p on p.id = c.payment_id",
+        "of_refund": "join payments p on p.id = r.payment_id",
+    }
+    return _STATS.format(payment=key, capture=key, refund=key, **joined)
+
+
+_UNJOINED = {"of_capture": "", "of_refund": ""}
 STATS = {
-    None: _STATS.format(key=f"'{ALL}'"),
-    By.PROVIDER: _STATS.format(key="p.provider"),
-    By.METHOD: _STATS.format(key=f"coalesce(p.method, '{NO_METHOD}')"),
-    By.STATUS: _STATS.format(key="p.status"),
+    None: _STATS.format(payment=f"'{ALL}'", capture=f"'{ALL}'", refund=f"'{ALL}'", **_UNJOINED),
+    By.PROVIDER: _STATS.format(payment="p.provider", capture="c.provider", refund="r.provider", **_UNJOINED),
+    By.METHOD: _of_payment(f"coalesce(p.method, '{NO_METHOD}')"),
+    By.STATUS: _of_payment("p.status"),
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from handlers import audit
 from handlers.context import Row, Tx
 from handlers.jobs import enqueue
 from handlers.ports import Reservations
@@ -44,7 +45,7 @@ from models.payment import (
 )
 from models.refund import Cause, Channel, Money, RefundStatus
 from models.refund import after as refund_after
-from models.user import Actor
+from models.user import BACK_OFFICE, Actor
 
 EXPIRED = "expired"
 """The `note` of an order that was cancelled because its money did not come."""
@@ -1033,9 +1034,13 @@ async def return_money(tx: Tx, order_id: str, reason: str, *, actor: Actor | Non
         book = await open_book(tx, str(row["id"]))
         refundable = book.payment.money.refundable
         if refundable:
-            await book.reserve(refundable, reason, requested_by=actor.who if actor is not None else None)
+            made = await book.reserve(refundable, reason, requested_by=actor.who if actor is not None else None)
             source = Source.STAFF if actor is not None else Source.SYSTEM
-            await book.close(source, "refund.reserved", {"amount": refundable, "reason": reason}, actor=actor)
+            told = {"amount": refundable, "reason": reason}
+            await book.close(source, "refund.reserved", told, actor=actor)
+            if actor is not None and actor.role in BACK_OFFICE:
+                for refund_id in made:
+                    await audit.record(tx, actor, "refund.create", f"refund:{refund_id}", None, told)
 
 
 async def expire_order(tx: Tx, order_id: str) -> bool:

@@ -120,13 +120,14 @@ HELD = "id = $1 and attempts = $2 and status in ('received', 'parked')"
 # with it its hold on the webhook, until the lock is free.
 HOLD = f"select set_config('lock_timeout', $3, true) from webhooks where {HELD} for update skip locked"
 
-# What is parked about the same is tried again: a refund waits for its capture, say. Nobody waits for what is being tried.
+# What is parked about the same is tried again, as a refund that came before its capture. Running tries are skipped.
 APPLIED = """
 with applied as (
     update webhooks set status = 'applied', settled_at = $2, error = null where id = $1 returning refs)
 update webhooks set next_at = $2 where id = any (array(
     select parked.id from webhooks parked, applied
-    where parked.id <> $1 and parked.status = 'parked' and parked.refs && applied.refs for update of parked skip locked))"""
+    where parked.id <> $1 and parked.status = 'parked' and parked.refs && applied.refs
+    for update of parked skip locked))"""
 
 
 async def apply(tx: Tx, gateways: Gateways, house: House, patience: Patience, taken: Taken) -> bool:
@@ -177,8 +178,8 @@ async def put_off(tx: Tx, taken: Taken, error: Exception, patience: Patience) ->
     if isinstance(error, Unavailable):
         outcome, row = "away", await tx.one(UNCOUNT, *held)
     elif isinstance(error, NOT_KNOWN_YET) and age < dt.timedelta(seconds=patience.park_s):
-        # It is woken when something is learned about its names. Should that happen while it is being parked, it is tried
-        # again soon: what is young is tried often, what has waited for a day hardly ever.
+        # It is woken when something is learned about its names. Should that happen while it is being parked, it is
+        # tried again soon: what is young is tried often, what has waited for a day hardly ever.
         pause = max(dt.timedelta(seconds=patience.retry_base_s), age)
         next_at = min(now + pause, taken.received_at + dt.timedelta(seconds=patience.park_s))
         outcome, row = "parked", await tx.one(PARK, *held, next_at, text)

@@ -43,6 +43,7 @@ from server.timeouts import Site
 from server.webhooks import WebhookDoor
 from server.workers.inbox import Inbox
 from server.workers.jobs import Jobs
+from server.workers.reconciliation import Reconciliation, schedules
 from server.workers.refunds import refund_job
 from server.workers.relay import Relay
 from server.workers.trail import Trail
@@ -148,6 +149,7 @@ class Process:
         )
         self.locations = Locations(settings, self.database, self.bus, lane, self.trail)
         doors = Doors(self.database, self.outbox, lane)
+        desk = Desk(doors.transaction, self.gateways, self.house)
         self.edges = Edges(settings)
         self.limits = Limits(settings, self.bus, self.edges)
         self.sockets = Sockets(
@@ -179,7 +181,7 @@ class Process:
             self.limits,
             self.presence,
             WebhookDoor(settings, self.database, self.gateways, self.limits, self.inbox.wake),
-            PaymentVerbs(doors, Desk(doors.transaction, self.gateways, self.house)),
+            PaymentVerbs(doors, desk),
             RefundVerbs(doors, refunds_desk),
             lambda revoked: self.revocations.tell(revoked),
             lambda: self.health.revocations.is_set(),
@@ -191,7 +193,8 @@ class Process:
             grace_ms=settings.relay_grace_ms,
             batch_max=settings.relay_batch_max,
         )
-        self.jobs = Jobs(self.database, settings, [refund_job(refunds_desk)])
+        jobs = [*Reconciliation(desk, settings).jobs, refund_job(refunds_desk)]
+        self.jobs = Jobs(self.database, settings, jobs, schedules(settings))
         self.health = Health(settings, self.database, self.bus, self.sockets.rooms)
         self.health.loops_running = self._loops_running
         self._tasks: list[asyncio.Task[None]] = []

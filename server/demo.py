@@ -150,7 +150,7 @@ Waybill is ready.
   Demo order  {order["id"]} (it moves by itself)
   See it move {base}/track/{order["id"]}#token={tokens[Role.CUSTOMER]}
   Pay another {to_pay}
-              (it waits {process.settings.payment_expiry_s // 60} minutes; as long as no gateway's keys are set, no money moves)
+              (it waits {process.settings.payment_expiry_s // 60} minutes; without a gateway's keys no money moves)
 
   Tokens, good for a day
     customer  {tokens[Role.CUSTOMER]}

@@ -154,8 +154,9 @@ class Doors:
             stored = await once.stored(tx)
         if stored is not None:
             return stored
-        answer = _answer(await verb.run(once, actor, *args))
-        if answer.status in FINAL:
+        done = await verb.run(once, actor, *args)
+        answer = _answer(done)
+        if answer.status in FINAL and not done.anew:
             async with self.database.statement() as tx:
                 # a repeat that ran beside this one may have ended first: then its answer is the answer
                 answer = await once.store(tx, answer) or answer

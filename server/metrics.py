@@ -83,6 +83,11 @@ webhooks_left = Gauge("waybill_webhooks_left", "Webhooks that are not applied: p
 oldest_webhook = Gauge(
     "waybill_oldest_webhook_seconds", "How long the webhook that waits longest is due; 0 when none is."
 )
+books_differ = Counter(
+    "waybill_reconciliation_differences_total",
+    "Captures of which a gateway's books and ours did not say the same, by the daily reports.",
+    ["provider", "kind"],
+)
 bus_up = Gauge("waybill_bus_up", "1 while Redis answers.")
 bus_losses = Counter("waybill_bus_losses_total", "How often Redis was lost.")
 bus_passed_over = Counter(

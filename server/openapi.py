@@ -45,9 +45,10 @@ PARAMETERS: dict[str, JsonSchema] = {
     "order_id": {"description": "`id` of an order", "schema": {"type": "string", "format": "uuid"}},
     "agent_id": {"description": "`sub` of an agent", "schema": {"type": "string", "pattern": "^[^/]{1,200}$"}},
     "link_id": {"description": "`id` of a link", "schema": {"type": "string", "format": "uuid"}},
-    "payment_id": {"description": "`id` of a payment", "schema": {"type": "string", "format": "uuid"}},
+    "date": {"description": "a day in SELLER_TIME_ZONE", "schema": {"type": "string", "format": "date"}},
     "refund_id": {"description": "`id` of a refund", "schema": {"type": "string", "format": "uuid"}},
     "job_id": {"description": "`id` of a background job", "schema": {"type": "string", "pattern": "^[0-9]{1,19}$"}},
+    "payment_id": {"description": "`id` of a payment", "schema": {"type": "string", "format": "uuid"}},
     "webhook_id": {"description": "`id` of a webhook", "schema": {"type": "string", "format": "uuid"}},
 }
 """What stands in the braces of a path."""

@@ -98,7 +98,7 @@ async def reconcile_payment(rest: Rest, call: Call) -> web.Response:
 
 async def void_payment(rest: Rest, call: Call) -> web.Response:
     given = await rest.payments.doors.perform_in_steps(rest.payments.void, call.actor, _payment_id(call))
-    return _written(given) if given.body else web.Response(status=given.status)
+    return web.Response(status=given.status)
 
 
 async def annotate_payment(rest: Rest, call: Call) -> web.Response:

@@ -7,6 +7,7 @@ import math
 import re
 import time
 import uuid
+import zoneinfo
 from collections.abc import Awaitable, Callable, Hashable
 from functools import cache, partial
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
@@ -22,6 +23,7 @@ from handlers.checkout import Offers, StartPayment
 from handlers.context import Tx
 from handlers.payment_lists import ListPayments, PaymentFilters, PaymentHistory, PaymentPage, ReadHistory
 from handlers.payments import AnnotatePayment, CapturePayment, ConfirmPayment, Nothing, VerifyPayment
+from handlers.reconciliation import ReadReconciliation
 from handlers.refund_lists import ListRefunds, PageOfRefunds, RefundPage
 from handlers.refunds import CreateRefund, RefundList, RetryRefund
 from models.base import Time, UuidText, rfc3339
@@ -55,6 +57,7 @@ from models.errors import (
 from models.order import Order, TrackedOrder
 from models.payment import Payment, Provider
 from models.position import Position
+from models.reconciliation import Reconciliation
 from models.refund import Refund
 from models.user import Actor, Role, Scope
 from server import csv_export, metrics
@@ -91,6 +94,7 @@ from server.payments import (
     void_payment,
 )
 from server.presence import Presence
+from server.reconciliation import read_reconciliation
 from server.refunds import (
     ReadRefund,
     RefundVerbs,
@@ -115,7 +119,7 @@ RETRY_AFTER_MS = 1000
 UUID = "[0-9a-f-]{36}"
 """How ids look in a path. /orders/quote is no order: it has another method, and says so."""
 
-IN_PATH = {"job_id": "[0-9]{1,19}", "agent_id": "[^/]+"}
+IN_PATH = {"agent_id": "[^{}/]+", "job_id": "[0-9]{1,19}", "date": "[0-9-]{10}"}
 """How those look that are no UUIDs."""
 
 INTEGER = re.compile(r"-?[0-9]{1,20}")
@@ -165,6 +169,7 @@ class Rest:
         self._webhook_door = webhook_door
         self.payments = payments
         self.refunds = refunds
+        self.seller_zone = zoneinfo.ZoneInfo(settings.seller_time_zone)
         self._on_revoked = on_revoked
         self.books = Books(settings, doors, payments.desk)
         self._takes_requests = takes_requests
@@ -698,6 +703,16 @@ ROUTES = [
         webhooks.Webhook,
         200,
         (Forbidden, NotFound, Conflict),
+    ),
+    Route(
+        "GET",
+        "/reconciliation/{date}",
+        read_reconciliation,
+        "A gateway's books of a day beside ours",
+        ReadReconciliation,
+        Reconciliation,
+        200,
+        (Forbidden, NotFound, GatewayError),
     ),
     Route(
         "GET",

@@ -125,7 +125,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     jobs_at_once_max: Annotated[
         Annotated[int, Meta(ge=2, le=1000)], Meta(description="background jobs that one process runs at once")
-    ] = 10
+    ] = 20
     job_poll_ms: Annotated[
         Milliseconds,
         Meta(description="how often jobs are looked for without news of one; behind a pooler there is no news"),
@@ -139,7 +139,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Seconds, Meta(description="pause after a job's first failure; it doubles with each further one")
     ] = 2
     job_retry_max_s: Annotated[Seconds, Meta(description="longest pause after a job's failure")] = 600
-    job_log_keep_s: Annotated[Seconds, Meta(description="how long the job library's log is kept")] = 7 * 24 * 3600
+    job_log_keep_s: Annotated[Seconds, Meta(description="how long the job library's log is kept")] = 24 * 3600
     razorpay_key_id: Annotated[
         str, Meta(description="rzp_test_… or rzp_live_…; with none of Razorpay's keys, development runs its simulator")
     ] = ""
@@ -258,6 +258,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     reconcile_after_s: Annotated[
         Seconds, Meta(description="a payment that is moving for so long is asked about at its gateway")
     ] = 15
+    reconcile_retry_max_s: Annotated[
+        Seconds, Meta(description="longest pause between two questions about the same payment")
+    ] = 3600
     sweep_interval_s: Annotated[Seconds, Meta(description="how often expired orders are looked for")] = 5
     seller_time_zone: Annotated[str, Meta(description="IANA name of the zone in which days begin and end")] = "UTC"
     staff_refund_max_minor: Annotated[

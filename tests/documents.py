@@ -21,7 +21,7 @@ JsonSchema = dict[str, Any]
 
 API = "/api/v1/"
 
-IN_PATH = {"agentId": "[^/]+", "jobId": "[0-9]{1,19}"}
+IN_PATH = {"agentId": "[^/]+", "jobId": "[0-9]{1,19}", "date": "[0-9-]{10}"}
 """What stands in the braces of a path, where it is no UUID."""
 
 

@@ -230,7 +230,7 @@ def delivery_of(body: bytes, event_id: str | None) -> Delivery:
     event_id = event_id or "sha256:" + hashlib.sha256(body).hexdigest()
     try:
         event = msgspec.json.decode(body, type=Event)
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return Delivery(event_id=event_id, kind="", refs=())
     refs: dict[str, None] = {}
     for part in event.payload.values():
@@ -249,7 +249,7 @@ def read(kind: str, body: bytes) -> Sequence[News]:
     """
     try:
         return _read(kind, msgspec.json.decode(body, type=Event))
-    except (msgspec.MsgspecError, RecursionError, KeyError, TypeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise Malformed(f"The body of this {kind or 'webhook'} cannot be read: {error}") from error
 
 

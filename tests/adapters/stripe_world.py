@@ -82,13 +82,13 @@ def gateway_at(url: str, clock: list[float] | None = None, timeout_s: float = PA
 
 
 @asynccontextmanager
-async def open_world() -> AsyncIterator[StripeWorld]:
+async def open_world(timeout_s: float = TIMEOUT_MS / 1000) -> AsyncIterator[StripeWorld]:
     hooks = Hooks()
     await hooks.start()
     sandbox = StripeSandbox(SECRET_KEY, PUBLISHABLE_KEY, OLD_SECRET, hooks.url, pace=PACE)
     await sandbox.start()
     clock = [0.0]
-    gateway = gateway_at(sandbox.url, clock, TIMEOUT_MS / 1000)
+    gateway = gateway_at(sandbox.url, clock, timeout_s)
     yield StripeWorld(gateway, sandbox, hooks, clock)
     await gateway.close()
     await sandbox.stop()

@@ -365,6 +365,7 @@ async def test_the_gateways_books_name_each_capture(world: World) -> None:
     assert len(moved) == len(wanted)
     assert all(start <= m.captured_at < end for m in moved)
     assert [m async for m in world.gateway.movements(end, end + (end - start))] == []
+    assert [m async for m in world.gateway.movements(start - (end - start), start)] == []
 
 
 # webhooks

@@ -34,7 +34,7 @@ async def world() -> AsyncIterator[RazorpayWorld]:
         yield opened
 
 
-def adapter(url: str, timeout_s: float = 0.5, threads_max: int = 2) -> Razorpay:
+def adapter(url: str, timeout_s: float = 5, threads_max: int = 2) -> Razorpay:
     return Razorpay(
         key_id="rzp_test_x",
         key_secret="secret",
@@ -167,20 +167,24 @@ async def test_an_answer_that_breaks_off_is_unknown() -> None:
 
 
 async def test_an_answer_that_comes_byte_by_byte_is_given_up_in_time() -> None:
+    given_up = asyncio.Event()
+
     async def answer(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
-        for _ in range(30):
+        while not given_up.is_set():
             await response.write(b" ")
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.02)
         return response
 
-    async with gateway_that(answer, timeout_s=0.2) as gateway:
-        began = asyncio.get_running_loop().time()
-        with pytest.raises(GatewayUnknown) as unknown:
-            await gateway.create(new_payment())
+    async with gateway_that(answer, timeout_s=0.3) as gateway:
+        try:
+            with pytest.raises(GatewayUnknown) as unknown:
+                async with asyncio.timeout(10):
+                    await gateway.create(new_payment())
+        finally:
+            given_up.set()
         assert unknown.value.code == "timeout"
-        assert asyncio.get_running_loop().time() - began < 1
 
 
 async def test_an_endless_answer_is_not_read_to_its_end() -> None:
@@ -446,6 +450,7 @@ async def test_an_authorization_that_lapsed_brought_no_money(world: RazorpayWorl
 async def test_the_books_are_read_page_by_page_and_lag(world: RazorpayWorld) -> None:
     start = dt.datetime.now(dt.UTC) - dt.timedelta(minutes=5)
     end = start + dt.timedelta(minutes=10)
+    world.mischief.webhooks_lost = 3 * 205
     for number in range(205):
         order = world.sandbox.books.create_order({"amount": 1000 + number, "currency": "INR"})
         world.sandbox.pay(order["id"])

@@ -120,7 +120,7 @@ class World(Protocol):
         ...
 
 
-TIMEOUT_MS = 500
+TIMEOUT_MS = 1000
 """GATEWAY_TIMEOUT_MS of the adapters under test, so that a gateway that hangs costs little time."""
 BREAKER_FAILURES = 3
 BREAKER_OPEN_S = 5

@@ -69,7 +69,7 @@ async def naming_gateway() -> AsyncIterator[NamingGateway]:
 
 def signed(provider: Provider, body: bytes, event_id: str = "", secret: str | None = None) -> dict[str, str]:
     """The headers with which the gateway sends this body."""
-    key = (secret or SECRETS[provider]).encode()
+    key = (SECRETS[provider] if secret is None else secret).encode()
     if provider is Provider.RAZORPAY:
         named = {"X-Razorpay-Event-Id": event_id} if event_id else {}
         return {"X-Razorpay-Signature": hmac.digest(key, body, hashlib.sha256).hex(), **named}

@@ -119,6 +119,13 @@ GET /cash/agents/{agent_id}                   f  f  f  f  f   o  f  f  n  f   o 
 POST /cash/handovers                          f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f  u
 GET /ledger/trial-balance                     f  f  f  f  f   f  f  f  f  f   f  f  o  f  f  f  f  f   f  f   f  u
 GET /audit                                    f  f  f  f  f   f  f  f  f  f   f  f  o  f  f  f  f  f   f  f   f  u
+GET /reconciliation/{date}                    f  f  f  f  f   f  f  f  f  f   f  f  n  f  f  f  f  f   f  f   f  u
+POST /payments/{payment_id}/refunds           f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
+POST /orders/{order_id}/refunds               f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
+GET /payments/{payment_id}/refunds            o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   f  u
+GET /refunds                                  f  f  f  f  f   f  f  f  f  f   o  e  o  e  o  e  f  f   f  f   f  u
+GET /refunds/{refund_id}                      o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   f  u
+POST /refunds/{refund_id}/retry               f  f  f  f  f   f  f  f  f  f   o  n  o  n  f  f  f  f   f  f   f  u
 subscribeToOrder                              o  o  n  n  n   o  o  n  n  n   o  n  o  n  o  n  o  n   o  n   n  u
 unsubscribeFromOrder                          o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o  u
 updateLocation                                f  f  f  f  f   o  o  n  n  n   f  f  f  f  f  f  f  f   f  f   f  u
@@ -145,6 +152,10 @@ class Target(NamedTuple):
     id: str
     link_id: str
     secret: str
+    payment_id: str = ""
+    """Of calls about refunds: paid in cash."""
+    refund_id: str = ""
+    """It is due: the order was cancelled."""
 
 
 async def target(instance: Instance, call: str) -> Target:
@@ -155,7 +166,19 @@ async def target(instance: Instance, call: str) -> Target:
         await instance.move(order["id"], "confirmed", "preparing", "ready", "out_for_delivery")
     await instance.assign(order["id"], "a1")
     link = (await instance.post(f"/orders/{order['id']}/tracking-link", {})).body
-    return Target(order["id"], link["id"], link["url"].rsplit("/", 1)[1])
+    found = Target(order["id"], link["id"], link["url"].rsplit("/", 1)[1])
+    return await refunded(instance, found, call) if "refund" in call else found
+
+
+async def refunded(instance: Instance, to: Target, call: str) -> Target:
+    cash = {"orderId": to.id, "amount": 25_200, "currency": "INR"}
+    paid = await instance.post("/payments/cash", cash, by=token("staff", "s1"))
+    to = to._replace(payment_id=paid.body["id"])
+    if call in ("POST /payments/{payment_id}/refunds", "POST /orders/{order_id}/refunds"):
+        return to
+    await instance.post(f"/orders/{to.id}/cancel", {"reason": "No"})
+    (due,) = (await instance.get(f"/payments/{to.payment_id}/refunds")).body["items"]
+    return to._replace(refund_id=due["id"])
 
 
 def fix() -> dict[str, Any]:
@@ -174,7 +197,11 @@ def body_of(call: str, to: Target) -> Any:
         "POST /orders/{order_id}/tracking-link": {},
         "POST /orders/{order_id}/payment-link": {},
         "POST /links/follow": {"secret": to.secret},
+        "POST /jobs/{job_id}/retry": {},
         "POST /jobs/{job_id}/dismiss": {"reason": "No"},
+        "POST /payments/{payment_id}/refunds": {"reason": "Cold", "amount": 100, "currency": "INR"},
+        "POST /orders/{order_id}/refunds": {"reason": "Cold", "amount": 100, "currency": "INR"},
+        "POST /refunds/{refund_id}/retry": {},
         "POST /tokens/revoke": {"jti": str(uuid.uuid4())},
         "POST /payments/cash": {"orderId": to.id, "amount": 25200, "currency": "INR"},
         "POST /cash/handovers": {"agentId": "a1", "amount": 100, "currency": "INR"},
@@ -205,12 +232,13 @@ async def answer(instance: Instance, call: str, to: Target, by: str | None) -> s
             return str(refusals[0]["data"]["code"])
     method, path = call.split(" ")
     path = path.replace("{order_id}", to.id).replace("{link_id}", to.link_id).replace("{job_id}", "0")
-    path = path.replace("{agent_id}", "a1")
+    path = path.replace("{agent_id}", "a1").replace("{date}", "2999-01-01")
+    path = path.replace("{payment_id}", to.payment_id).replace("{refund_id}", to.refund_id)
     reply = await instance.request(method, path, body_of(call, to), by=by)
     if reply.status >= 400:
         assert reply.body["status"] == reply.status
         return reply.code
-    if path in ("/orders", "/orders.csv") and method == "GET":
+    if path in ("/orders", "/orders.csv", "/refunds") and method == "GET":
         text = reply.body.decode() if path.endswith(".csv") else json.dumps(reply.body)
         return "ok" if to.id in text else "empty"
     return "ok"

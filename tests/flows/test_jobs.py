@@ -93,7 +93,7 @@ async def test_a_cursor_that_is_not_ours_is_refused(shop: Instance, cursor: str)
 async def test_only_staff_see_and_decide(shop: Instance, sql: asyncpg.Connection, by: str) -> None:
     job_id = await job(sql, "a", "dead")
     refusal(await shop.get("/jobs", by=by), 403, "forbidden")
-    refusal(await shop.post(f"/jobs/{job_id}/retry", by=by), 403, "forbidden")
+    refusal(await shop.post(f"/jobs/{job_id}/retry", {}, by=by), 403, "forbidden")
     refusal(await shop.post(f"/jobs/{job_id}/dismiss", {"reason": "x"}, by=by), 403, "forbidden")
     [found] = await listed(shop)
     assert found["status"] == "dead"
@@ -102,7 +102,7 @@ async def test_only_staff_see_and_decide(shop: Instance, sql: asyncpg.Connection
 @pytest.mark.parametrize("held", ["dead", "parked"])
 async def test_what_is_held_can_be_retried_once(shop: Instance, sql: asyncpg.Connection, held: str) -> None:
     job_id = await job(sql, "a", held)
-    replies = await asyncio.gather(*(shop.post(f"/jobs/{job_id}/retry", by=STAFF) for _ in range(3)))
+    replies = await asyncio.gather(*(shop.post(f"/jobs/{job_id}/retry", {}, by=STAFF) for _ in range(3)))
     assert sorted(reply.status for reply in replies) == [200, 409, 409]
     [again] = [reply.body for reply in replies if reply.status == 200]
     assert (again["id"], again["status"], again["attempts"]) == (job_id, "received", 0)
@@ -114,7 +114,7 @@ async def test_what_is_held_can_be_retried_once(shop: Instance, sql: asyncpg.Con
 
 async def test_a_retry_of_what_was_asked_for_anew_is_that_job(shop: Instance, sql: asyncpg.Connection) -> None:
     dead, waiting = await job(sql, "a", "dead"), await job(sql, "a")
-    reply = await shop.post(f"/jobs/{dead}/retry", by=STAFF)
+    reply = await shop.post(f"/jobs/{dead}/retry", {}, by=STAFF)
     assert (reply.status, reply.body["id"]) == (200, waiting)
     assert [one["id"] for one in await listed(shop)] == [waiting]
 
@@ -125,7 +125,7 @@ async def test_what_is_held_can_be_dismissed_and_stays_so(shop: Instance, sql: a
     assert reply.status == 200
     assert (reply.body["status"], reply.body["reason"]) == ("dismissed", "paid by hand")
     assert [reply.body] == await listed(shop, status="dismissed")
-    for verb, body in (("retry", None), ("dismiss", {"reason": "again"})):
+    for verb, body in (("retry", {}), ("dismiss", {"reason": "again"})):
         refusal(await shop.post(f"/jobs/{job_id}/{verb}", body, by=STAFF), 409, "conflict")
     [row] = await sql.fetch("select * from audit where subject = $1", f"job:{job_id}")
     assert (row["actor"], row["action"]) == ("admin:x1", "job.dismiss")
@@ -134,7 +134,7 @@ async def test_what_is_held_can_be_dismissed_and_stays_so(shop: Instance, sql: a
 
 async def test_what_is_not_held_or_not_there_is_refused(shop: Instance, sql: asyncpg.Connection) -> None:
     waiting = await job(sql, "a")
-    for verb, body in (("retry", None), ("dismiss", {"reason": "x"})):
+    for verb, body in (("retry", {}), ("dismiss", {"reason": "x"})):
         refusal(await shop.post(f"/jobs/{waiting}/{verb}", body, by=STAFF), 409, "conflict")
         for missing in ("0", "9" * 18, "9" * 19):
             refusal(await shop.post(f"/jobs/{missing}/{verb}", body, by=STAFF), 404, "not_found")
@@ -144,6 +144,6 @@ async def test_what_is_not_held_or_not_there_is_refused(shop: Instance, sql: asy
 async def test_a_repeat_under_a_key_is_answered_alike(shop: Instance, sql: asyncpg.Connection) -> None:
     job_id = await job(sql, "a", "dead")
     once = {"by": STAFF, "headers": {"Idempotency-Key": f"retry-{job_id}"}}
-    first = await shop.post(f"/jobs/{job_id}/retry", None, **once)
-    again = await shop.post(f"/jobs/{job_id}/retry", None, **once)
+    first = await shop.post(f"/jobs/{job_id}/retry", {}, **once)
+    again = await shop.post(f"/jobs/{job_id}/retry", {}, **once)
     assert (first.status, first.body) == (again.status, again.body) == (200, first.body)

@@ -116,7 +116,8 @@ MONEY = {
     "orders": "select * from orders where id = any ($1::uuid[])",
     "events": "select order_id, seq, type, body from order_events where order_id = any ($1::uuid[])",
     "payments": "select * from payments where order_id = any ($1::uuid[])",
-    "inputs": "select i.* from payment_inputs i join payments p on p.id = i.payment_id where p.order_id = any ($1::uuid[])",
+    "inputs": "select i.* from payment_inputs i join payments p on p.id = i.payment_id"
+    " where p.order_id = any ($1::uuid[])",
     "captures": "select c.* from captures c join payments p on p.id = c.payment_id where p.order_id = any ($1::uuid[])",
     "refunds": "select * from refunds where order_id = any ($1::uuid[])",
     "ledger": "select * from ledger_rows where order_id = any ($1::uuid[])",

@@ -13,6 +13,7 @@ import os
 import random
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import asyncpg
@@ -320,9 +321,8 @@ class Teller:
         """Everything that happens in these stories, each webhook several times, in one shuffled row."""
         happenings: list[Callable[[], Awaitable[None]]] = []
         for story in stories:
-            happenings.append(lambda story=story: self.begin(story))  # type: ignore[misc]
-            for hook in story.hooks * COPIES:
-                happenings.append(lambda story=story, hook=hook: self.deliver(story, hook))  # type: ignore[misc]
+            happenings.append(partial(self.begin, story))
+            happenings += [partial(self.deliver, story, hook) for hook in story.hooks * COPIES]
         self._luck.shuffle(happenings)
         for happening in happenings:
             await happening()

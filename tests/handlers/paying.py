@@ -27,6 +27,7 @@ from handlers.ports import (
     NewPayment,
     NewRefund,
 )
+from handlers.settlement import view
 from models.errors import AmountTooSmall, Refused
 from models.order import Order
 from models.payment import News, Payment, Provider, RefundNews, Report
@@ -58,7 +59,7 @@ class FakeGateway:
 
     def __init__(self, provider: Provider, database: Any) -> None:
         self.provider = provider
-        self.offered = True
+        self.offered, self.simulated = True, False
         self._database = database
         self.asked: list[tuple[str, str]] = []
         """(operation, reference of the payment), in their order."""
@@ -126,9 +127,8 @@ class FakeGateway:
     async def fetch_refund(self, new: NewRefund, gateway_refund_id: str | None) -> RefundNews | None:
         raise NotImplementedError
 
-    async def movements(self, start: object, end: object) -> AsyncIterator[Movement]:
+    def movements(self, start: object, end: object) -> AsyncIterator[Movement]:
         raise NotImplementedError
-        yield
 
     def checkout(self, known: Known, client_secret: str | None, prefill: Mapping[str, str]) -> dict[str, Any]:
         return {"for": known.gateway_order_id, "secret": client_secret, "prefill": dict(prefill)}
@@ -210,7 +210,7 @@ class Counter:
 
     async def read(self, payment_id: str) -> Payment:
         async with self.doors.transaction() as tx:
-            return payments.view(await payments.permit_all(tx, SERVICE, payment_id))
+            return view(await payments.permit_all(tx, SERVICE, payment_id))
 
     async def order_of(self, payment: Payment) -> Order:
         assert payment.order_id

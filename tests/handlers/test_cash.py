@@ -182,6 +182,20 @@ async def test_an_online_order_that_is_paid_in_cash_is_confirmed_once(till: Till
     await check_books(till.desk)
 
 
+async def test_what_a_cancel_by_staff_gives_back_waits_by_hand_and_is_in_the_audit_log(till: Till) -> None:
+    order = await till.desk.place(**priced(25_249))
+    await take(till.desk, order, 25_200)
+    async with replay(till.desk):
+        await till.desk.do(orders.cancel, STAFF, order.id, command(orders.Cancel, reason="sold out"))
+    (refund,) = await till.desk.fetch("select * from refunds")
+    assert (refund["amount"], refund["status"]) == (25_200, "pending")
+    assert await till.jobs() == []
+    assert await till.balances() == {("till", "INR"): 25_200, ("refunds_due", "INR"): -25_200}
+    (row,) = await till.desk.fetch("select * from audit where action = 'refund.create'")
+    assert (row["actor"], row["subject"]) == ("staff:s1", f"refund:{refund['id']}")
+    await check_books(till.desk)
+
+
 async def test_a_delivered_order_is_paid_later(desk: Desk) -> None:
     order = await desk.place(paymentMethod="later", fulfilment="pickup")
     await desk.move(order.id, "confirmed", "preparing", "ready", "delivered")

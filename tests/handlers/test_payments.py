@@ -10,8 +10,9 @@ import msgspec
 import pytest
 
 from handlers import orders, payments
-from handlers.checkout import StartPayment, checkout, make_room
+from handlers.checkout import StartPayment, checkout
 from handlers.payments import AnnotatePayment, CapturePayment, ConfirmPayment, Nothing, VerifyPayment
+from handlers.settlement import read_row, view
 from models.errors import Refused
 from models.order import Order
 from models.payment import Failure, PaymentStatus, Provider, Report
@@ -240,7 +241,7 @@ async def test_refused_and_not_reached_fail_and_the_next_is_another_one(counter:
         refusal = await counter.refused_start(order)
         assert (refusal.code, refusal.status) == ("gateway_error", 502)
         (row,) = await counter.desk.fetch("select * from payments order by created_at desc, id limit 1")
-        failed = payments.view(payments.read_row(row))
+        failed = view(read_row(row))
         assert failed.status == "failed"
         assert failed.failure is not None
         assert (failed.failure.code, failed.failure.retryable) == (code, retryable)
@@ -464,22 +465,6 @@ async def test_many_starts_at_once_are_one_payment(counter: Counter) -> None:
     assert len({reference for _, reference in counter.razorpay.asked}) == 1
 
 
-async def test_room_is_made_for_cash(counter: Counter) -> None:
-    desk = payments.Desk(counter.doors.transaction, counter.gateways, counter.house)
-    order = await counter.order()
-    first = await counter.start(order, provider="stripe")
-    await make_room(desk, STAFF, order.id)
-    assert (await counter.read(first.id)).status == "cancelled"
-    second = await counter.start(order, provider="razorpay")
-    await make_room(desk, STAFF, order.id)
-    (row,) = await counter.desk.fetch("select superseded from payments where id = $1", uuid.UUID(second.id))
-    assert row["superseded"]
-    await counter.tell(second, R.PROCESSING)
-    with pytest.raises(Refused) as refusal:
-        await make_room(desk, STAFF, order.id)
-    assert refusal.value.fields == {"paymentId": second.id}
-
-
 # what a browser is given
 
 
@@ -501,6 +486,8 @@ async def test_the_checkout_is_made_anew_each_time_and_its_secret_is_stored_nowh
     with pytest.raises(Refused) as refusal:
         await checkout(desk, payment.id, None)
     assert refusal.value.code == "unavailable"
+    await counter.desk.do(orders.cancel, SERVICE, str(payment.order_id), command(orders.Cancel, reason="No"))
+    assert await checkout(desk, payment.id, secret) is None, "nobody is to pay a cancelled order"
     await counter.tell(payment, R.CAPTURED)
     assert await checkout(desk, payment.id, None) is None
 
@@ -636,10 +623,11 @@ async def test_a_confirmation_completes_redirects_or_is_declined(counter: Counte
     assert (failed.status, failed.failure and failed.failure.code) == ("failed", "card_declined")
 
     counter.stripe.say(payment, R.PROCESSING)
-    counter.stripe.redirect_url = "https://bank.example/3ds"
-    given = await counter.do(counter.verbs.confirm, payment.id, CONFIRM)
-    shown = payment_of(given)
-    assert (given.status, shown.next_action) == (200, {"type": "redirect", "url": "https://bank.example/3ds"})
+    for address in ("https://bank.example/3ds?secret=1", "https://bank.example/3ds?secret=2"):
+        counter.stripe.redirect_url = address  # a repeat gets a fresh one
+        given = await counter.do(counter.verbs.confirm, payment.id, CONFIRM, key="k1")
+        assert (given.status, payment_of(given).next_action) == (200, {"type": "redirect", "url": address})
+    assert "bank.example" not in str(await counter.desk.tables())
 
     counter.stripe.say(payment, R.CAPTURED)
     counter.stripe.redirect_url = None
@@ -849,6 +837,23 @@ async def test_asking_about_an_unknown_creation_repeats_it(counter: Counter) -> 
     shown = payment_of(given)
     assert (shown.status, shown.gateway_order_id) == ("pending", counter.razorpay.names[payment.id])
     assert counter.razorpay.operations() == ["create", "create"]
+
+
+async def test_while_the_breaker_is_open_nothing_is_written(counter: Counter) -> None:
+    order = await counter.order()
+    taken, card = await counter.authorized(order), await counter.start(await counter.order(), provider="stripe")
+    counter.razorpay.offered = counter.stripe.offered = False
+    before = await counter.desk.tables()
+    asked: list[tuple[Any, str, tuple[Any, ...], Actor]] = [
+        (counter.verbs.capture, taken.id, (taking(),), STAFF),
+        (counter.verbs.reconcile, taken.id, (Nothing(),), STAFF),
+        (counter.verbs.confirm, card.id, (CONFIRM,), CUSTOMER),
+        (counter.verbs.cancel, card.id, (Nothing(),), STAFF),
+        (counter.verbs.void, card.id, (), ADMIN),
+    ]
+    for verb, payment_id, args, by in asked:
+        assert (await counter.refusal(verb, payment_id, *args, by=by, key="k1")).code == "unavailable"
+    assert await counter.desk.tables() == before
 
 
 # annotate

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from handlers import refund_lists
+from handlers import cash, refund_lists
 from handlers.ports import GatewayAway, GatewayRefused, GatewayUnknown
 from handlers.refund_calls import ASK_AGAIN_MAX_S
 from handlers.refund_lists import ListRefunds, PageOfRefunds
@@ -34,6 +34,7 @@ from models.payment import DisputeNews, DisputeReport, PaymentStatus, Provider, 
 from models.refund import Cause, Channel, RefundStatus
 from models.user import Actor, Role, Scope
 from tests.handlers.desk import ADMIN, AGENT, CUSTOMER, SERVICE, STAFF, Desk, command, guest, replay
+from tests.handlers.money import TERMS
 from tests.handlers.refunding import PAUSE_S, STAFF_MAX, Counter, Once, after
 from tests.models.making import actor
 
@@ -402,6 +403,17 @@ async def test_cash_is_paid_back_from_the_till(counter: Counter) -> None:
     assert (other.channel, other.reference, other.settled_at is not None) == (Channel.MANUAL, "VOUCHER 7", True)
     assert counter.gateway.asked == []
     assert not [job for job in await counter.till.jobs() if job[0] == "refund"]
+
+
+async def test_lines_that_were_paid_in_coins_go_back_in_coins(counter: Counter) -> None:
+    order = await counter.order(items=[{"name": "Tea", "quantity": 2, "unitPrice": 12_620}])
+    rules = cash.Rules({"INR": 100}, partial=False)
+    taken = command(cash.TakeCash, orderId=order.id, amount=25_200, currency="INR")
+    payment_id = (await counter.shop.do(cash.take_cash, STAFF, taken, rules, TERMS)).id
+    amounts = [(await counter.refund(payment_id, lines=[{"lineId": "1", "quantity": 1}]))[1].amount for _ in range(2)]
+    assert amounts == [12_620, 12_580]
+    assert await counter.till.balances() == {}
+    assert isinstance(await counter.refused(payment_id, lines=[{"lineId": "1", "quantity": 1}]), NotRefundable)
 
 
 async def test_what_was_paid_online_may_go_back_by_hand(counter: Counter) -> None:

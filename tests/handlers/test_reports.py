@@ -147,11 +147,11 @@ def happened(change: dt.datetime, given: list[Paid]) -> list[tuple[dt.datetime, 
 NAMES = {"day": "%Y-%m-%d", "week": "%G-W%V", "month": "%Y-%m"}
 
 
-@effort(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@effort(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(
     zone=st.sampled_from(sorted(CHANGES)),
     season=st.integers(0, 1),
-    given=st.lists(payments, max_size=8),
+    given=st.lists(payments, max_size=6),
     group=st.sampled_from(sorted(NAMES)),
     by=st.sampled_from([None, "provider", "method", "status"]),
     days=st.tuples(st.integers(-4, 4), st.integers(-4, 4)).map(sorted),

@@ -118,6 +118,11 @@ def test_lines_follow_the_money_and_every_unit_is_counted_once(
         assert sum(one.amount for one in shares) == line.amount
 
 
+def test_what_the_money_does_not_reach_is_left_out() -> None:
+    lines = [RefundLine(line_id=str(n), quantity=1, amount=100) for n in (1, 2, 3)]
+    assert allot(lines, [150]) == [[lines[0], RefundLine(line_id="2", quantity=1, amount=50)]]
+
+
 def test_what_is_left_of_the_money_after_the_lines_is_for_delivery() -> None:
     line = RefundLine(line_id="1", quantity=2, amount=700)
     first, second = allot([line], [500, 400])

@@ -166,6 +166,7 @@ GOOD = {
     "waybill_revocations_overdue_total": "0+0x240",
     "waybill_oldest_unsent_seconds": "1+0x240",
     "waybill_oldest_job_seconds": "1+0x240",
+    'waybill_reconciliation_differences_total{provider="stripe",kind="extra"}': "0+0x240",
     'waybill_jobs_held{why="dead"}': "0+0x240",
     'waybill_jobs_held{why="parked"}': "0+0x240",
     "waybill_oldest_webhook_seconds": "1+0x240",
@@ -201,6 +202,9 @@ BAD: dict[str, dict[str, str]] = {
     "WaybillRevocationsOverdue": {"waybill_revocations_overdue_total": "0+0x100 1+0x140"},
     "WaybillEventsUnsent": {"waybill_oldest_unsent_seconds": "0+15x240"},
     "WaybillJobsLate": {"waybill_oldest_job_seconds": "0+15x240"},
+    "WaybillBooksDiffer": {
+        'waybill_reconciliation_differences_total{provider="stripe",kind="extra"}': "0+0x100 1+0x140"
+    },
     "WaybillJobsHeld": {'waybill_jobs_held{why="parked"}': "1+0x240"},
     "WaybillWebhooksDead": {'waybill_webhooks_left{why="dead"}': "1+0x240"},
     "WaybillWebhooksLate": {"waybill_oldest_webhook_seconds": "0+15x240"},

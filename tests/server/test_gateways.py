@@ -25,8 +25,10 @@ HOOKS = "http://127.0.0.1:1/api/v1/webhooks"
 
 
 @asynccontextmanager
-async def room(folder: Path, *, simulates: bool = True, **env: str) -> AsyncIterator[GatewayRoom]:
-    opened = GatewayRoom(load({"DATA_DIR": str(folder), **env}), simulates=simulates)
+async def room(
+    folder: Path, env: dict[str, str] | None = None, *, simulates: bool = True
+) -> AsyncIterator[GatewayRoom]:
+    opened = GatewayRoom(load({"DATA_DIR": str(folder), **(env or {})}), simulates=simulates)
     await opened.start(HOOKS)
     try:
         yield opened
@@ -60,7 +62,7 @@ def test_keys_that_are_half_set_are_refused(whole: dict[str, str]) -> None:
 
 
 async def test_simulators_are_only_for_what_has_no_keys(tmp_path: Path) -> None:
-    async with room(tmp_path, **STRIPE) as opened:
+    async with room(tmp_path, STRIPE) as opened:
         created = await opened.gateways[Provider.RAZORPAY].create(payment())
         assert created.gateway_order_id.startswith("order_")
         url = opened.gateways[Provider.RAZORPAY].checkout(known(created.gateway_order_id), None, {})["url"]
@@ -83,7 +85,7 @@ def known(name: str) -> Known:
 async def test_neither_web_nor_worker_nor_production_runs_one(tmp_path: Path) -> None:
     async with room(tmp_path, simulates=False) as opened:
         assert opened.gateways == {}
-    async with room(tmp_path, **PRODUCTION) as opened:
+    async with room(tmp_path, PRODUCTION) as opened:
         assert opened.gateways == {}
     assert list(tmp_path.iterdir()) == []
 
@@ -118,7 +120,8 @@ async def test_after_the_end_nothing_answers(tmp_path: Path) -> None:
     async with room(tmp_path) as opened:
         gateway = opened.gateways[Provider.STRIPE]
         url = gateway.checkout(known("pi_1"), "secret", {})["url"]
-    async with room(tmp_path, simulates=False, **STRIPE, STRIPE_API_URL=url.partition("/checkout")[0]) as late:
+    env = {**STRIPE, "STRIPE_API_URL": url.partition("/checkout")[0]}
+    async with room(tmp_path, env, simulates=False) as late:
         with pytest.raises(GatewayAway):
             await late.gateways[Provider.STRIPE].create(payment())
 

@@ -385,7 +385,7 @@ async def test_a_postgres_that_restarts_loses_no_job(private: PrivatePostgres) -
 
     work = Work(wait)
     async with (
-        opened(private.url) as database,
+        opened(private.url, timeout_ms=2000) as database,
         working(database, [Job("work", work)], job_poll_ms=NEVER_MS),
     ):
         await ask(database, "work", "a")
@@ -402,7 +402,7 @@ async def test_a_postgres_that_restarts_loses_no_job(private: PrivatePostgres) -
 
 async def test_an_idle_worker_stops_at_once_although_postgres_is_gone(private: PrivatePostgres) -> None:
     await migrate(private.url)
-    async with opened(private.url) as database:
+    async with opened(private.url, timeout_ms=2000) as database:
         worker = Jobs(database, settings(), [Job("work", Work())])
         running = asyncio.create_task(worker.run())
         await private.kill()
@@ -421,7 +421,7 @@ async def answers(database: Database) -> bool:
 
 async def test_behind_pgbouncer_jobs_are_found_by_looking(bounced_url: str) -> None:
     work = Work()
-    async with opened(bounced_url, timeout_ms=2000) as database, working(database, [Job("work", work)]):
+    async with opened(bounced_url, timeout_ms=5000) as database, working(database, [Job("work", work)]):
         assert database.pooled
         await ask(database, "work", "a", "b")
         await until(lambda: empty(database), "they are done")

@@ -87,7 +87,9 @@ def test_every_route_tells_what_it_takes_gives_and_refuses(route: Route) -> None
         assert {Conflict, IdempotencyMismatch} <= set(openapi.refusals(route))
     in_path = [one["name"] for one in told["parameters"] if one["in"] == "path"]
     assert in_path == re.findall(r"\{(\w+)\}", openapi.address(route))
-    assert all({"format", "pattern"} & one["schema"].keys() for one in told["parameters"] if one["in"] == "path")
+    assert all(
+        {"format", "pattern", "maxLength"} & one["schema"].keys() for one in told["parameters"] if one["in"] == "path"
+    )
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,8 @@ EXECUTE FUNCTION jobs.fn_pgqueuer_changed()""",
 OURS = (
     # a job that waits is there once for each name and subject: asking for it again asks for it sooner
     """create unique index waiting on jobs.pgqueuer (entrypoint, payload) where status = 'queued'""",
+    # to see whether a job for a subject is there at all
+    """create index subject on jobs.pgqueuer (entrypoint, payload)""",
     """create index held on jobs.pgqueuer (id desc) where status = 'failed'""",
     # what the library does not note of a job. `starts`: its runs since one of them ended, so all but one took their
     # worker down; `held`: why nobody runs it any more

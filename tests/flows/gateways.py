@@ -36,7 +36,7 @@ class NamingGateway:
         return web.json_response({"id": self.next_id, **made, **told, "client_secret": f"{self.next_id}_secret_x"})
 
     @property
-    def settings(self) -> dict[str, str]:
+    def settings(self) -> dict[str, Any]:
         """What an instance needs to talk to this."""
         return {
             "RAZORPAY_KEY_ID": "rzp_test_flows",

@@ -9,7 +9,7 @@ import aiohttp
 
 from tests.harness import Fleet, Instance, token, until
 
-QUICK = {"SWEEP_INTERVAL_S": "1", "RECONCILE_AFTER_S": "1"}
+QUICK: dict[str, Any] = {"SWEEP_INTERVAL_S": "1", "RECONCILE_AFTER_S": "1"}
 
 
 async def order_of(shop: Instance, **changes: Any) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class Door(NamedTuple):
 
         async def holds() -> bool:
             untried = "select count(*) from webhooks where status = 'received' and error is null"
-            return await self.tables.fetchval(untried) == 0
+            return bool(await self.tables.fetchval(untried) == 0)
 
         await until(holds, "everything was tried")
 
@@ -343,7 +343,7 @@ async def test_after_all_that_it_serves_on(door: Door) -> None:
 
 async def test_a_gateways_burst_passes_and_strangers_are_limited(fleet: Fleet, gateway: NamingGateway) -> None:
     limits = {"RATE_ADDRESS_REQUESTS_PER_MIN": "1", "RATE_ADDRESS_BURST_MAX": "3", "TRUSTED_PROXIES": "127.0.0.1"}
-    door = Door(await fleet.start(**gateway.settings, **limits), gateway, None)
+    door = Door(await fleet.start(**gateway.settings, **limits), gateway, None)  # type: ignore[arg-type]
     # an address of their own: the count is shared by all tests
     same_address = {"X-Forwarded-For": "203.0.113.9"}
     unsigned = [(await door.send(CAPTURED, headers=same_address)).status for _ in range(6)]

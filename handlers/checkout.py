@@ -306,12 +306,14 @@ async def _create(desk: Desk, actor: Actor, found: _Found) -> Done:
     except GatewayUnknown as error:
         async with desk.transactions() as tx:
             book = await open_book(tx, str(row.id))
-            if book.payment.gateway_order_id is None:
+            row = book.payment
+            if row.gateway_order_id is None:
                 news = News(provider=row.provider, gateway_order_id=None, report=Report.UNKNOWN)
                 book.report(news, desk.house.terms)
                 await book.close(Source.SYSTEM, "creation.unknown", {"code": error.code, "message": error.message})
             await enqueue(tx, "reconcile", str(row.id))
-        return Done(202, view(book.payment))
+        # somebody else may have found out meanwhile
+        return Done(202 if row.status is P.UNKNOWN else found.status, view(row))
     order, row = await created_as(desk, row, created)
     if row.status in OPEN:
         check_payable(order)  # it was paid or cancelled meanwhile

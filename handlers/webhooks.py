@@ -18,7 +18,7 @@ from sqlalchemy import literal_column, select, tuple_
 from handlers import audit
 from handlers.context import Row, Tx
 from handlers.cursors import decode_cursor, encode_cursor
-from handlers.ports import Delivery, Gateways
+from handlers.ports import Delivery, GatewayFailed, Gateways
 from handlers.settlement import House, UnknownPayment, settle
 from models.base import Reason, Strict, Time, UuidText, View, rfc3339
 from models.errors import Conflict, Forbidden, NotFound, NotRefundable, Refused, Unavailable
@@ -140,8 +140,8 @@ async def apply(tx: Tx, gateways: Gateways, house: House, patience: Patience, ta
     """
     try:
         news = gateways[taken.provider].read(taken.kind, taken.body)
-    except Refused as refusal:
-        raise Unreadable(refusal.detail) from refusal
+    except (Refused, GatewayFailed) as error:
+        raise Unreadable(str(error)) from error
     tx.atomically()
     if await tx.one(HOLD, taken.id, taken.attempts, str(patience.lock_wait_ms)) is None:
         return False

@@ -122,7 +122,7 @@ class Instance:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "server", mode],
                 cwd=ROOT,
-                env={**_clean_environment(), **env},
+                env={**clean_environment(), **env},
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
@@ -345,7 +345,7 @@ class Watcher:
         return heard
 
 
-def _clean_environment() -> dict[str, str]:
+def clean_environment() -> dict[str, str]:
     """The environment without settings of ours, so that a developer's own do not reach the tests."""
     from server.settings import Settings
 

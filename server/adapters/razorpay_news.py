@@ -249,7 +249,7 @@ def read(kind: str, body: bytes) -> Sequence[News]:
     """
     try:
         return _read(kind, msgspec.json.decode(body, type=Event))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:
         raise Malformed(f"The body of this {kind or 'webhook'} cannot be read: {error}") from error
 
 

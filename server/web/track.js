@@ -324,8 +324,8 @@
       if (order) order.agent = data.agent;
       if (data.agent) story.push({ at: event.at, agent: data.agent });
       forgetPosition();
-    } else if (order && (event.type === "paymentUpdate" || event.type === "paymentMethodUpdate")) {
-      Object.assign(order, { payment: data.payment, expiresAt: data.expiresAt });
+    } else if (order && event.type.startsWith("payment")) {
+      order.expiresAt = data.expiresAt;
     }
   }
 
@@ -357,14 +357,6 @@
     const other = OTHER_WORDS[order.fulfilment];
     const plain = status.replaceAll("_", " ");
     return (other && other[status]) || WORDS[status] || [plain[0].toUpperCase() + plain.slice(1), ""];
-  }
-
-  /** What keeps an order that is paid online from being confirmed; empty when it waits for nobody's money. */
-  function unpaid() {
-    const { status, payment, expiresAt } = order;
-    if (status !== "pending" || payment.method !== "online" || payment.status === "paid") return "";
-    if (payment.status === "processing") return "The payment is under way.";
-    return expiresAt ? `Waiting for the payment until ${clock(expiresAt)}.` : "Waiting for the payment.";
   }
 
   function metres(distance) {
@@ -431,7 +423,8 @@
     document.title = `${title} · Order ${order.number}`;
     say("title", `Order ${order.number}`);
     say("status", title);
-    say("about", order.statusReason || unpaid() || about);
+    const unpaid = status === "pending" && order.expiresAt && `Waiting for the payment until ${clock(order.expiresAt)}.`;
+    say("about", order.statusReason || unpaid || about);
     $("page").dataset.status = status;
     $("page").setAttribute("aria-busy", "false");
 

@@ -303,21 +303,20 @@ async def test_a_payment_that_is_not_wanted_any_more(shop: Shop) -> None:
 
 
 async def test_an_unknown_creation_is_carried_on_under_the_same_receipt(shop: Shop, calm: None) -> None:
+    """Whether reconciliation is faster or not: it does the same."""
     for provider in ("razorpay", "stripe"):
         any_payment = await started(shop.a, await online(shop.a), provider)
-        order = await online(shop.a)
-        for fault in ("drop_after", "html_after"):
+        for fault in ("drop_after", "html_after", "drop"):
+            order = await online(shop.a)
             await sandbox(any_payment, "/mischief", {"fault": fault, "faultMethod": "POST", "faultCalls": 1})
             reply = await begin(shop.a, order, provider)
             assert (reply.status, reply.body["status"], reply.body["attention"]) == (202, "unknown", "unknown"), reply
             assert "checkout" not in reply.body
-        listed = (await shop.b.get(f"/payments?attention=unknown&orderId={order['id']}", by=STAFF)).body["items"]
-        assert [one["id"] for one in listed] in ([reply.body["id"]], [])  # reconciliation may have been here
-        again = await begin(shop.b, order, provider)
-        assert (again.status, again.body["id"], again.body["status"]) == (200, reply.body["id"], "pending"), again
-        await pays(again.body)
-        await becomes(shop.a, again.body, status="completed")
-        assert "attention" not in again.body
+            again = await begin(shop.b, order, provider)
+            assert (again.status, again.body["id"], again.body["status"]) == (200, reply.body["id"], "pending"), again
+            assert "attention" not in again.body
+            await pays(again.body)
+            await becomes(shop.a, again.body, status="completed")
 
 
 async def test_a_gateway_that_refuses_or_is_not_reached_fails_the_payment(shop: Shop, calm: None) -> None:
@@ -333,14 +332,16 @@ async def test_a_gateway_that_refuses_or_is_not_reached_fails_the_payment(shop: 
 
 async def test_a_gateway_that_does_not_answer_is_not_offered(shop: Shop, calm: None) -> None:
     any_payment = await started(shop.a, await online(shop.a))
-    await sandbox(any_payment, "/mischief", {"fault": "html", "faultMethod": "POST", "faultCalls": FAILURES_MAX})
-    for _ in range(FAILURES_MAX):
-        assert (await begin(shop.a, await online(shop.a), "razorpay")).status == 202
+    await sandbox(any_payment, "/mischief", {"fault": "html", "faultMethod": "POST", "faultCalls": 1000})
+    for _ in range(FAILURES_MAX):  # reconciliation asks too, so it may be open before
+        reply = await begin(shop.a, await online(shop.a), "razorpay")
+        assert reply.status in (202, 503)
     order = await online(shop.a)
     refusal(await begin(shop.a, order, "razorpay"), 503, "unavailable")
     assert await shop.sql.fetchval("select count(*) from payments where order_id = $1::text::uuid", order["id"]) == 0
     other = await begin(shop.a, order)
     assert (other.status, other.body["provider"]) == (201, "stripe"), "the others are offered"
+    await sandbox(any_payment, "/mischief", {"fault": None})
 
 
 async def test_a_proof_is_kept_while_the_gateway_does_not_say(shop: Shop, calm: None) -> None:

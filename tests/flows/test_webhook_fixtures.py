@@ -12,8 +12,7 @@ import json
 import os
 import random
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 import asyncpg
@@ -319,13 +318,12 @@ class Teller:
 
     async def tell(self, stories: Sequence[Story]) -> None:
         """Everything that happens in these stories, each webhook several times, in one shuffled row."""
-        happenings: list[Callable[[], Awaitable[None]]] = []
+        happenings: list[tuple[Story, Hook | None]] = []
         for story in stories:
-            happenings.append(partial(self.begin, story))
-            happenings += [partial(self.deliver, story, hook) for hook in story.hooks * COPIES]
+            happenings += [(story, None), *((story, hook) for hook in story.hooks * COPIES)]
         self._luck.shuffle(happenings)
-        for happening in happenings:
-            await happening()
+        for story, hook in happenings:
+            await (self.begin(story) if hook is None else self.deliver(story, hook))
 
     async def all_applied(self) -> None:
         async def holds() -> bool:

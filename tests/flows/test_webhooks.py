@@ -287,6 +287,8 @@ ODD = [
     b'"\\ud800"',
     b"[" * DEEP + b"]" * DEEP,
     b'{"event":"payment.captured","payload":' + b'{"a":' * 2000 + b"1" + b"}" * 2000 + b"}",
+    b'{"event":"\xff\xfe"}',
+    b'{"id":"evt_\xff","type":"charge.refunded"}',
     b'{"event":"payment.captured"}',
     b'{"event":"payment.captured","payload":[]}',
     b'{"event":"payment.captured","payload":{"payment":[]}}',

@@ -12,6 +12,7 @@ import pytest
 from handlers import orders, payments
 from handlers.checkout import StartPayment, checkout
 from handlers.payments import AnnotatePayment, CapturePayment, ConfirmPayment, Nothing, VerifyPayment
+from handlers.ports import Created
 from handlers.settlement import read_row, view
 from models.errors import Refused
 from models.order import Order
@@ -268,6 +269,24 @@ async def test_an_unknown_creation_is_open_and_asking_again_repeats_it(counter: 
     assert counter.razorpay.asked == [("create", first.id)] * 3
     await counter.tell(again, R.CAPTURED)
     assert (await counter.order_of(again)).status == "confirmed"
+
+
+async def test_whoever_finds_out_first_ends_the_doubt_of_all(counter: Counter) -> None:
+    """A repeat whose own call is not answered hears what another one has learned meanwhile."""
+    order = await counter.order()
+    counter.razorpay.fails = [unknown(Provider.RAZORPAY)]
+    first = await counter.start(order, status=202)
+    counter.razorpay.go.clear()
+    counter.razorpay.entered.clear()
+    repeat = asyncio.create_task(counter.start(order, status=200))
+    await counter.razorpay.entered.wait()
+    desk = payments.Desk(counter.doors.transaction, counter.gateways, counter.house)
+    async with counter.doors.transaction() as tx:
+        row = await payments.permit_all(tx, SERVICE, first.id)
+    await payments.created_as(desk, row, Created(gateway_order_id="order_found"))
+    counter.razorpay.fails = [unknown(Provider.RAZORPAY)]
+    counter.razorpay.go.set()
+    assert (await repeat).gateway_order_id == "order_found"
 
 
 async def test_an_unknown_creation_stays_so_while_its_repeat_is_not_answered(counter: Counter) -> None:

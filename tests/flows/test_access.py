@@ -86,6 +86,7 @@ CODES = {
     "n": "not_found",
     "i": "invalid",
     "u": "unauthenticated",
+    "s": "bad_signature",
 }
 """`empty`: an answer without the order. `invalid`: until there is stock, customers have nothing that they may order."""
 
@@ -112,6 +113,11 @@ POST /tokens/revoke                           f  f  f  f  f   f  f  f  f  f   f 
 GET /jobs                                     f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f  u
 POST /jobs/{job_id}/retry                     f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
 POST /jobs/{job_id}/dismiss                   f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
+GET /webhooks                                 f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f  u
+POST /webhooks/{webhook_id}/retry             f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
+POST /webhooks/{webhook_id}/dismiss           f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
+POST /webhooks/razorpay                       s  s  s  s  s   s  s  s  s  s   s  s  s  s  s  s  s  s   s  s   s  s
+POST /webhooks/stripe                         s  s  s  s  s   s  s  s  s  s   s  s  s  s  s  s  s  s   s  s   s  s
 POST /payments/cash                           f  f  f  f  f   o  o  n  n  n   o  n  o  n  f  f  f  f   f  f   f  u
 GET /payments/stats/daily                     f  f  f  f  f   f  f  f  f  f   o  f  o  f  o  f  f  f   f  f   f  u
 GET /payments/analytics                       f  f  f  f  f   f  f  f  f  f   o  f  o  f  o  f  f  f   f  f   f  u
@@ -199,6 +205,8 @@ def body_of(call: str, to: Target) -> Any:
         "POST /links/follow": {"secret": to.secret},
         "POST /jobs/{job_id}/retry": {},
         "POST /jobs/{job_id}/dismiss": {"reason": "No"},
+        "POST /webhooks/{webhook_id}/retry": {},
+        "POST /webhooks/{webhook_id}/dismiss": {"reason": "No"},
         "POST /payments/{payment_id}/refunds": {"reason": "Cold", "amount": 100, "currency": "INR"},
         "POST /orders/{order_id}/refunds": {"reason": "Cold", "amount": 100, "currency": "INR"},
         "POST /refunds/{refund_id}/retry": {},
@@ -233,6 +241,7 @@ async def answer(instance: Instance, call: str, to: Target, by: str | None) -> s
     method, path = call.split(" ")
     path = path.replace("{order_id}", to.id).replace("{link_id}", to.link_id).replace("{job_id}", "0")
     path = path.replace("{agent_id}", "a1").replace("{date}", "2999-01-01")
+    path = path.replace("{webhook_id}", str(uuid.uuid4()))
     path = path.replace("{payment_id}", to.payment_id).replace("{refund_id}", to.refund_id)
     reply = await instance.request(method, path, body_of(call, to), by=by)
     if reply.status >= 400:

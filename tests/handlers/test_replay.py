@@ -47,7 +47,7 @@ def story(verb: Verb) -> Callable[[Story], Story]:
 
 
 DESKS = ("links", "orders", "tracking", "users")
-"""Of orders. Money's verbs are many steps, or change no order: test_settlement.py and the tests of each of its desks hold
+"""Of orders. Money's verbs are many steps, or change no order: test_settlement.py and the tests of its desks hold
 them to the same equation."""
 
 

@@ -20,6 +20,8 @@ from handlers.settlement import House
 from models.errors import Forbidden, Unavailable
 from server import docs, metrics, migrate
 from server.auth import Authenticator
+from server.calls import edge
+from server.context import Rest
 from server.db import Database
 from server.doors import FORGET, Doors
 from server.edges import Edges
@@ -30,16 +32,15 @@ from server.limits import SPEND, Limits
 from server.locations import Locations
 from server.outbox import CONTROL, Outbox, order_channel
 from server.pages import Pages
-from server.payments import PaymentVerbs
 from server.presence import Presence
 from server.realtime.bus import Bus
 from server.realtime.positions import SHOW, PositionLane
-from server.refunds import RefundVerbs
-from server.rest import API, Rest, add_routes, edge
+from server.rest import API, add_routes
 from server.revocations import RevocationWatch
 from server.settings import CannotStart, Settings
 from server.sockets import Sockets
 from server.timeouts import Site
+from server.verbs import PaymentVerbs, RefundVerbs
 from server.webhooks import WebhookDoor
 from server.workers.inbox import Inbox
 from server.workers.jobs import Jobs

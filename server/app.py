@@ -137,9 +137,6 @@ class Process:
             keep_s=settings.location_keep_s,
         )
         self.outbox = Outbox(self.database, self.bus, lane)
-        self.gateway_room = GatewayRoom(settings, simulates=serves and works)
-        self.gateways = self.gateway_room.gateways
-        self.house = House(terms_of(settings), AllThere())
         self.authenticator = Authenticator(settings)
         self.trail = Trail(
             self.database,
@@ -150,7 +147,14 @@ class Process:
         )
         self.locations = Locations(settings, self.database, self.bus, lane, self.trail)
         doors = Doors(self.database, self.outbox, lane)
+        self.gateway_room = GatewayRoom(settings, simulates=serves and works)
+        self.gateways = self.gateway_room.gateways
+        self.house = House(terms_of(settings), AllThere())
         desk = Desk(doors.transaction, self.gateways, self.house)
+        refunds_desk = refund_calls.Desk(doors.transaction, self.gateways, refund_terms(settings))
+        self.inbox = Inbox(settings, self.database, self.outbox, self.gateways, self.house)
+        jobs = [*Reconciliation(desk, settings).jobs, refund_job(refunds_desk)]
+        self.jobs = Jobs(self.database, settings, jobs, schedules(settings))
         self.edges = Edges(settings)
         self.limits = Limits(settings, self.bus, self.edges)
         self.sockets = Sockets(
@@ -171,8 +175,6 @@ class Process:
             watched=self.sockets.rooms.watched,
         )
         self.sockets.rooms.on_members = self.presence.changed
-        refunds_desk = refund_calls.Desk(doors.transaction, self.gateways, refund_terms(settings))
-        self.inbox = Inbox(settings, self.database, self.outbox, self.gateways, self.house)
         self.rest = Rest(
             settings,
             doors,
@@ -194,8 +196,6 @@ class Process:
             grace_ms=settings.relay_grace_ms,
             batch_max=settings.relay_batch_max,
         )
-        jobs = [*Reconciliation(desk, settings).jobs, refund_job(refunds_desk)]
-        self.jobs = Jobs(self.database, settings, jobs, schedules(settings))
         self.health = Health(settings, self.database, self.bus, self.sockets.rooms)
         self.health.loops_running = self._loops_running
         self._tasks: list[asyncio.Task[None]] = []

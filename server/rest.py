@@ -127,8 +127,8 @@ IN_PATH = {"agent_id": "[^{}/]+", "job_id": "[0-9]{1,19}", "date": "[0-9-]{10}"}
 
 
 class Route(NamedTuple):
-    """One URL below /api/v1: what it takes (a body, or query parameters for GET), what it gives, what it does and how it
-    may refuse."""
+    """One URL below /api/v1: what it takes (a body, or query parameters for GET), what it gives, and how it may refuse
+    besides what every route may."""
 
     method: str
     path: str
@@ -155,7 +155,6 @@ class Route(NamedTuple):
         return self._replace(doing=doing)
 
     def may_refuse(self, *kinds: type[Refused]) -> Route:
-        """Besides what every route may."""
         return self._replace(refuses=kinds)
 
 

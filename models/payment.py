@@ -252,6 +252,9 @@ payments = Table(
     ),
     Index("ix_payments_attention", "attention", postgresql_where=text("attention is not null")),
     Index("ix_payments_gateway_payment", "provider", "gateway_payment_id"),
+    # what statistics count by
+    Index("ix_payments_completed", "completed_at", postgresql_where=text("completed_at is not null")),
+    Index("ix_payments_failed", "status_at", postgresql_where=text("status = 'failed'")),
 )
 
 captures = Table(
@@ -270,6 +273,7 @@ captures = Table(
     # cash that was rounded down to coins that exist settles more than it is
     CheckConstraint("amount > 0 and applied >= 0 and (applied <= amount or provider = 'cash')", name="amounts"),
     Index("ix_captures_payment", "payment_id"),
+    Index("ix_captures_at", "at"),
 )
 
 disputes = Table(

@@ -201,7 +201,8 @@ class Shop:
             (row["provider"], row["key"]): (row["amount"], row["back"])
             for row in await self.fetch(
                 "select c.provider, c.key, c.amount, "
-                "coalesce(sum(r.amount) filter (where r.status = 'succeeded'), 0)::int as back from captures c left join refunds r on r.provider = c.provider and r.capture_key = c.key "
+                "coalesce(sum(r.amount) filter (where r.status = 'succeeded'), 0)::int as back from captures c "
+                "left join refunds r on r.provider = c.provider and r.capture_key = c.key "
                 "where c.provider <> 'cash' group by 1, 2, 3"
             )
         }

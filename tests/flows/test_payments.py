@@ -441,7 +441,7 @@ async def test_lists_show_everybody_their_own(shop: Shop) -> None:
 async def test_a_history_is_read_in_pages(shop: Shop) -> None:
     payment = await started(shop.a, await online(shop.a))
     await pays(payment)
-    await becomes(shop.a, payment, status="completed")
+    await all_applied(shop, payment, 3)
     path = f"/payments/{payment['id']}/history"
     whole = (await shop.a.get(f"{path}?limit=200", by=STAFF)).body["items"]
     first = (await shop.a.get(f"{path}?limit=1", by=STAFF)).body

@@ -95,7 +95,8 @@ async def shop(data: DataServers, tmp_path_factory: pytest.TempPathFactory) -> A
 @pytest.fixture(autouse=True)
 def well_behaved(shop: Shop) -> None:
     """The simulator's mischief ends with its test."""
-    shop.sandbox.mischief.fault, shop.sandbox.mischief.refunds = None, "processed"
+    mischief = shop.sandbox.mischief
+    mischief.fault, mischief.refunds, mischief.webhooks_lost = None, "processed", 0
 
 
 async def test_the_story_of_a_refund(shop: Shop) -> None:
@@ -176,7 +177,8 @@ async def test_who_waits_hears_of_a_pending_refund_by_webhook(shop: Shop) -> Non
 @pytest.mark.parametrize("fault", [Fault.DROP_AFTER, Fault.HTML_AFTER, Fault.HTML, Fault.DROP])
 async def test_an_outcome_that_is_unknown_is_found_out_by_the_job(shop: Shop, fault: Fault) -> None:
     paid = await shop.paid()
-    shop.sandbox.mischief.fault, shop.sandbox.mischief.fault_method = fault, "POST"
+    mischief = shop.sandbox.mischief
+    mischief.fault, mischief.fault_method, mischief.webhooks_lost = fault, "POST", 10
     open_ = await shop.refund(paid, key=f"found out {fault}")
     assert open_.status == 202, open_
     assert open_.body["status"] in ("pending", "processing")

@@ -292,7 +292,7 @@ async def test_what_waited_for_a_name_is_looked_at_again(till: Till) -> None:
     created = News(provider=Provider.RAZORPAY, gateway_order_id="order_new", report=R.PENDING)
     await till.desk.do(settle, created, Source.CLIENT, till.house, payment_id=str(row["id"]))
     (woken,) = await till.desk.fetch("select status, next_at <= now() + interval '1 second' as due from webhooks")
-    assert (woken["status"], woken["due"]) == ("received", True)
+    assert (woken["status"], woken["due"]) == ("parked", True)
 
 
 # the ladder

@@ -179,6 +179,20 @@ def upgrade() -> None:
     )
     op.create_index("ix_payments_gateway_payment", "payments", ["provider", "gateway_payment_id"], unique=False)
     op.create_index(
+        "ix_payments_completed",
+        "payments",
+        ["completed_at"],
+        unique=False,
+        postgresql_where=sa.text("completed_at is not null"),
+    )
+    op.create_index(
+        "ix_payments_failed",
+        "payments",
+        ["status_at"],
+        unique=False,
+        postgresql_where=sa.text("status = 'failed'"),
+    )
+    op.create_index(
         "ix_payments_moving",
         "payments",
         ["status_at"],
@@ -209,6 +223,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("provider", "key", name=op.f("pk_captures")),
     )
     op.create_index("ix_captures_payment", "captures", ["payment_id"], unique=False)
+    op.create_index("ix_captures_at", "captures", ["at"], unique=False)
     op.create_table(
         "disputes",
         sa.Column("provider", sa.Text(), nullable=False),

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import re
+import signal
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence

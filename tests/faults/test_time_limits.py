@@ -465,8 +465,8 @@ async def ask_everything(instance: Instance, order_id: str, watcher: Watcher, ag
     """Every route, every event and every page, more at once than there are connections to Postgres."""
     watch, asked = Stopwatch(), []
     request_s, subscribe_s = (int(FROZEN[name]) / 1000 for name in ("REQUEST_TIMEOUT_MS", "SUBSCRIBE_TIMEOUT_MS"))
+    names = {"order_id": order_id, "job_id": "0", "agent_id": "r1", "date": "2026-01-01"}
     for route in ROUTES:
-        names = {"order_id": order_id, "job_id": "0", "agent_id": "r1", "date": "2026-01-01"}
         path = re.sub(r"\{(\w+)\}", lambda name: names.get(name[1], str(uuid.uuid4())), route.path)
         body = body_for(path) if route.method not in ("GET", "DELETE") else None
         by = token("agent", "r1") if path.endswith("/location") else SERVICE

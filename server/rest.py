@@ -221,54 +221,6 @@ ROUTES = [
     Route("POST", "/tokens/revoke", revoke, users.Revoke, status=204)
     .does("End a token, or all tokens of somebody")
     .may_refuse(Forbidden),
-    Route("POST", "/webhooks/razorpay", razorpay_webhook, gives=Stored, public=True, keyless=True, signed=True)
-    .does("For Razorpay: store a webhook, signed by `X-Razorpay-Signature`")
-    .may_refuse(BadSignature, NotFound, TooLarge),
-    Route("POST", "/webhooks/stripe", stripe_webhook, gives=Stored, public=True, keyless=True, signed=True)
-    .does("For Stripe: store a webhook, signed by `Stripe-Signature`")
-    .may_refuse(BadSignature, NotFound, TooLarge),
-    Route("GET", "/webhooks", list_webhooks, webhooks.ListWebhooks, webhooks.WebhookPage)
-    .does("The webhooks that gateways sent, newest first")
-    .may_refuse(Forbidden),
-    Route("POST", "/webhooks/{webhook_id}/retry", retry_webhook, webhooks.Retry, webhooks.Webhook)
-    .does("Try a dead or parked one again at once")
-    .may_refuse(Forbidden, NotFound, Conflict),
-    Route("POST", "/webhooks/{webhook_id}/dismiss", dismiss_webhook, webhooks.Dismiss, webhooks.Webhook)
-    .does("Never try a dead or parked one again")
-    .may_refuse(Forbidden, NotFound, Conflict),
-    Route("GET", "/reconciliation/{date}", read_reconciliation, ReadReconciliation, Reconciliation)
-    .does("A gateway's books of a day beside ours")
-    .may_refuse(Forbidden, NotFound, GatewayError),
-    Route("GET", "/jobs", list_jobs, jobs.ListJobs, jobs.JobPage)
-    .does("Background jobs that are not done, newest first")
-    .may_refuse(Forbidden),
-    Route("POST", "/jobs/{job_id}/retry", retry_job, jobs.RetryJob, jobs.BackgroundJob)
-    .does("Run a dead or parked job again")
-    .may_refuse(Forbidden, NotFound, Conflict),
-    Route("POST", "/jobs/{job_id}/dismiss", dismiss_job, jobs.DismissJob, jobs.BackgroundJob)
-    .does("Leave a dead or parked job undone")
-    .may_refuse(Forbidden, NotFound, Conflict),
-    Route("POST", "/payments/cash", take_cash, cash.TakeCash, Payment, status=201)
-    .does("Confirm cash that was taken for an order")
-    .may_refuse(Forbidden, NotFound, OrderClosed, AlreadyPaid, AmountMismatch, CurrencyMismatch),
-    Route("GET", "/payments/stats/daily", daily_stats, reports.DailyStats, reports.Stats)
-    .does("What payments did, per day")
-    .may_refuse(Forbidden),
-    Route("GET", "/payments/analytics", analytics, reports.Analytics, reports.Stats)
-    .does("What payments did, per day, week or month, by provider, method or status")
-    .may_refuse(Forbidden),
-    Route("GET", "/cash/agents/{agent_id}", agent_cash, cash.ReadAgentCash, cash.AgentCash)
-    .does("The cash that an agent carries")
-    .may_refuse(Forbidden, NotFound),
-    Route("POST", "/cash/handovers", HAND_OVER, cash.HandOver, cash.Handover, status=201)
-    .does("Take an agent's cash into the till")
-    .may_refuse(Forbidden),
-    Route("GET", "/ledger/trial-balance", trial_balance, reports.ReadTrialBalance, reports.TrialBalance)
-    .does("The balance of every account of the ledger")
-    .may_refuse(Forbidden),
-    Route("GET", "/audit", list_audit, audit.ListAudit, audit.AuditPage)
-    .does("What staff and services did, newest first")
-    .may_refuse(Forbidden),
     Route("POST", "/payments", start_payment, StartPayment, Payment, status=201, also=(200, 202))
     .does("Begin to pay for an order, or go on with what is open")
     .may_refuse(*_START, *_WRONG, AmountTooSmall, GatewayError),
@@ -326,6 +278,54 @@ ROUTES = [
     Route("POST", "/refunds/{refund_id}/retry", retry_refund, RetryRefund, Refund, also=(202,))
     .does("Ask for one that failed again, or note that it was paid back by hand")
     .may_refuse(NotFound, Forbidden, MoneyMoved, Conflict),
+    Route("POST", "/payments/cash", take_cash, cash.TakeCash, Payment, status=201)
+    .does("Confirm cash that was taken for an order")
+    .may_refuse(Forbidden, NotFound, OrderClosed, AlreadyPaid, AmountMismatch, CurrencyMismatch),
+    Route("GET", "/cash/agents/{agent_id}", agent_cash, cash.ReadAgentCash, cash.AgentCash)
+    .does("The cash that an agent carries")
+    .may_refuse(Forbidden, NotFound),
+    Route("POST", "/cash/handovers", HAND_OVER, cash.HandOver, cash.Handover, status=201)
+    .does("Take an agent's cash into the till")
+    .may_refuse(Forbidden),
+    Route("POST", "/webhooks/razorpay", razorpay_webhook, gives=Stored, public=True, keyless=True, signed=True)
+    .does("For Razorpay: store a webhook, signed by `X-Razorpay-Signature`")
+    .may_refuse(BadSignature, NotFound, TooLarge),
+    Route("POST", "/webhooks/stripe", stripe_webhook, gives=Stored, public=True, keyless=True, signed=True)
+    .does("For Stripe: store a webhook, signed by `Stripe-Signature`")
+    .may_refuse(BadSignature, NotFound, TooLarge),
+    Route("GET", "/webhooks", list_webhooks, webhooks.ListWebhooks, webhooks.WebhookPage)
+    .does("The webhooks that gateways sent, newest first")
+    .may_refuse(Forbidden),
+    Route("POST", "/webhooks/{webhook_id}/retry", retry_webhook, webhooks.Retry, webhooks.Webhook)
+    .does("Try a dead or parked one again at once")
+    .may_refuse(Forbidden, NotFound, Conflict),
+    Route("POST", "/webhooks/{webhook_id}/dismiss", dismiss_webhook, webhooks.Dismiss, webhooks.Webhook)
+    .does("Never try a dead or parked one again")
+    .may_refuse(Forbidden, NotFound, Conflict),
+    Route("GET", "/jobs", list_jobs, jobs.ListJobs, jobs.JobPage)
+    .does("Background jobs that are not done, newest first")
+    .may_refuse(Forbidden),
+    Route("POST", "/jobs/{job_id}/retry", retry_job, jobs.RetryJob, jobs.BackgroundJob)
+    .does("Run a dead or parked job again")
+    .may_refuse(Forbidden, NotFound, Conflict),
+    Route("POST", "/jobs/{job_id}/dismiss", dismiss_job, jobs.DismissJob, jobs.BackgroundJob)
+    .does("Leave a dead or parked job undone")
+    .may_refuse(Forbidden, NotFound, Conflict),
+    Route("GET", "/reconciliation/{date}", read_reconciliation, ReadReconciliation, Reconciliation)
+    .does("A gateway's books of a day beside ours")
+    .may_refuse(Forbidden, NotFound, GatewayError),
+    Route("GET", "/payments/stats/daily", daily_stats, reports.DailyStats, reports.Stats)
+    .does("What payments did, per day")
+    .may_refuse(Forbidden),
+    Route("GET", "/payments/analytics", analytics, reports.Analytics, reports.Stats)
+    .does("What payments did, per day, week or month, by provider, method or status")
+    .may_refuse(Forbidden),
+    Route("GET", "/ledger/trial-balance", trial_balance, reports.ReadTrialBalance, reports.TrialBalance)
+    .does("The balance of every account of the ledger")
+    .may_refuse(Forbidden),
+    Route("GET", "/audit", list_audit, audit.ListAudit, audit.AuditPage)
+    .does("What staff and services did, newest first")
+    .may_refuse(Forbidden),
 ]
 
 

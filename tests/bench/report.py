@@ -62,6 +62,13 @@ ROWS = (
     Row("status", "cpu_us_per_change", "server CPU per change, µs"),
     Row("place", "cpu_us_per_order", "server CPU per order, µs"),
     Row("place", "orders_per_cpu_ms", "orders per millisecond of CPU"),
+    Row("webhooks", "cpu_us_per_webhook", "server CPU per webhook stored, µs"),
+    Row("webhooks", "webhooks_per_s", "webhooks stored per second"),
+    Row("settle", "event_p50_ms", "p50 from webhook to watcher, ms"),
+    Row("settle", "event_p99_ms", "p99 from webhook to watcher, ms"),
+    Row("settle", "cpu_us_per_capture", "server CPU per webhook stored, applied and told, µs"),
+    Row("settle", "settles_per_s", "captures applied per second, when the inbox is full"),
+    Row("settle", "cpu_us_per_settle", "server CPU per capture applied and told then, µs"),
 )
 
 COLUMNS = (NODE, STOCK)

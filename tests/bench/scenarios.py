@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import json
 import time
-from collections.abc import Awaitable, Callable
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import asyncpg
+
+from handlers.webhooks import STORE
+from server.adapters import razorpay_news
 from tests.bench import judge, kernel
 from tests.bench.generator import Program, RunFailed, State
 from tests.bench.stands import (
@@ -15,13 +22,17 @@ from tests.bench.stands import (
     CONNECTING_AT_ONCE,
     FASTIFY,
     NODE,
+    RAZORPAY,
     STOCK,
     WAYBILL,
     Ground,
+    Server,
     Stand,
     order_body,
     stand,
 )
+from tests.bench.webhooks import Webhook, captured, of_nobody, write
+from tests.harness import SECRET
 
 Figures = dict[str, float]
 
@@ -29,6 +40,10 @@ SETTLE_S = 5.0
 """Longest wait for what is still under way when the load has stopped."""
 POSTING_CONNECTIONS = 16
 REJOINED_WITHIN_S = 90.0
+DELIVERED_WITHIN_S = 120.0
+"""Longest wait until all webhooks are answered, or applied."""
+LOOK_S = 0.05
+"""Pause between two looks at the inbox."""
 LOAD_BUSY_MAX = 0.9
 """Above this share of its core it may be the load generator that was measured."""
 
@@ -53,6 +68,9 @@ class Scale:
     storm_moves_per_s: float = 50
     crowd_sockets: int = 10_000
     moves_per_s: float = 200
+    webhooks: int = 20_000
+    captures_per_s: float = 50
+    full_inbox: int = 1000
 
 
 def smoke(seconds: float) -> Scale:
@@ -67,6 +85,8 @@ def smoke(seconds: float) -> Scale:
         storm_sockets=40,
         crowd_sockets=100,
         moves_per_s=40,
+        webhooks=200,
+        full_inbox=20,
     )
 
 
@@ -224,6 +244,101 @@ async def place(ground: Ground, who: str, scale: Scale) -> Figures:
         }
 
 
+async def webhooks(ground: Ground, who: str, scale: Scale) -> Figures:
+    """Signed webhooks, each connection again as soon as it is answered: they are stored, and nobody applies them."""
+    async with stand(ground, who, orders=0, mode="web", settings=RAZORPAY) as on, on.load(watchers=0) as load:
+        server = on.servers[0]
+        warm_up, measured = on.folder / "warm-up", on.folder / "webhooks"
+        write(warm_up, of_nobody(scale.webhooks // 10), SECRET)
+        write(measured, of_nobody(scale.webhooks), SECRET)
+        await _deliver(load, server, 0, warm_up, scale.webhooks // 10)
+        before, cpu_s, since = await load.tell("reset"), server.cpu_s(), time.monotonic()
+        state = await _deliver(load, server, 0, measured, scale.webhooks)
+        took_s, cpu_us = time.monotonic() - since, (server.cpu_s() - cpu_s) * 1e6
+        async with on.tables() as tables:
+            stored = await tables.fetchval("select count(*) from webhooks")
+        if stored != scale.webhooks // 10 + scale.webhooks:
+            raise RunFailed(f"{stored} webhooks are stored, which is not how many were sent")
+        return {
+            "cpu_us_per_webhook": cpu_us / scale.webhooks,
+            "webhooks_per_s": scale.webhooks / took_s,
+            "answer_p99_ms": state["answering"]["p99_ms"],
+            "load_busy_percent": 100 * (state["cpu_s"] - before["cpu_s"]) / took_s,
+        }
+
+
+async def settle(ground: Ground, who: str, scale: Scale) -> Figures:
+    """Captures at a steady rate, until the watchers of their orders know; then an inbox that is full at once."""
+    early, steady = (round(scale.captures_per_s * seconds) for seconds in (scale.warm_up_s, scale.seconds))
+    async with stand(ground, who, orders=0) as on:
+        server = on.servers[0]
+        begun, secret = await on.begin_payments(early + steady + scale.full_inbox)
+        sent = [captured(number, name, amount) for number, (name, amount) in enumerate(begun)]
+        warm_up, measured = on.folder / "warm-up", on.folder / "webhooks"
+        write(warm_up, sent[:early], secret)
+        write(measured, sent[early : early + steady], secret)
+        async with on.load(watchers=len(sent)) as load, on.tables() as tables:
+            await connect_all(load, "replay")
+            await _deliver(load, server, scale.captures_per_s, warm_up, early)
+            await _told(load, early)
+            await load.tell("reset")
+            cpu_s = server.cpu_s()
+            await _deliver(load, server, scale.captures_per_s, measured, steady)
+            state = await _told(load, steady)
+            cpu_us = (server.cpu_s() - cpu_s) * 1e6
+            await _fill_inbox(tables, sent[early + steady :])
+            cpu_s, since = server.cpu_s(), time.monotonic()
+            while await tables.fetchval("select exists(select from webhooks where status <> 'applied')"):
+                if time.monotonic() - since > DELIVERED_WITHIN_S:
+                    raise RunFailed(f"the inbox was not empty after {DELIVERED_WITHIN_S} s")
+                await asyncio.sleep(LOOK_S)
+            took_s, full_cpu_us = time.monotonic() - since, (server.cpu_s() - cpu_s) * 1e6
+            paid = await tables.fetchval("select count(*) from payments where status = 'completed'")
+            if paid != len(sent):
+                raise RunFailed(f"{paid} payments of {len(sent)} are completed")
+            return {
+                "event_p50_ms": state["telling"]["p50_ms"],
+                "event_p99_ms": state["telling"]["p99_ms"],
+                "cpu_us_per_capture": cpu_us / steady,
+                "settles_per_s": scale.full_inbox / took_s,
+                "cpu_us_per_settle": full_cpu_us / scale.full_inbox,
+                "events_checked": await check_events(on, load),
+            }
+
+
+async def _deliver(load: Program, server: Server, rate: float, file: Path, count: int) -> State:
+    """POST the webhooks of a file, `rate` a second or as fast as they are answered, and wait for the last answer."""
+    since = await load.tell(f"deliver {server.port} {rate} {POSTING_CONNECTIONS} {file}")
+    answered = since["answered"] + count
+
+    def done(now: State) -> bool:
+        return bool(now["answered"] == answered or now["refused"])
+
+    state = await load.until(done, DELIVERED_WITHIN_S)
+    _whole(state)
+    if state["answered"] != answered:
+        raise RunFailed(f"{answered - state['answered']} webhooks were not answered in {DELIVERED_WITHIN_S} s")
+    return state
+
+
+async def _told(load: Program, count: int) -> State:
+    """Wait until the watchers of so many orders know of their payment."""
+    state = await load.until(lambda now: now["telling"]["count"] == count, SETTLE_S)
+    if state["telling"]["count"] != count:
+        raise RunFailed(f"{state['telling']['count']} watchers of {count} know of their payment after {SETTLE_S} s")
+    return state
+
+
+async def _fill_inbox(tables: asyncpg.Connection, sent: Sequence[Webhook]) -> None:
+    """Store them all in one moment, as the door does."""
+    rows = []
+    for webhook in sent:
+        delivery = razorpay_news.delivery_of(webhook.body, webhook.event_id)
+        row = (uuid.uuid4(), "razorpay", delivery.event_id, delivery.kind, delivery.refs, webhook.body)
+        rows.append((*row, dt.datetime.now(dt.UTC)))
+    await tables.executemany(STORE, rows)
+
+
 @dataclass(frozen=True)
 class Scenario:
     run: Callable[[Ground, str, Scale], Awaitable[Figures]]
@@ -244,6 +359,12 @@ SCENARIOS = {
     "disconnect": Scenario(disconnect, ROOMS, lambda scale: scale.crowd_sockets),
     "status": Scenario(status, (WAYBILL,)),
     "place": Scenario(place, (WAYBILL, FASTIFY)),
+    "webhooks": Scenario(webhooks, (WAYBILL, FASTIFY), lambda scale: 0),
+    "settle": Scenario(
+        settle,
+        (WAYBILL,),
+        lambda scale: round((scale.warm_up_s + scale.seconds) * scale.captures_per_s) + scale.full_inbox,
+    ),
 }
 
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,13 @@ PROGRAMS = {
 }
 TEMPLATE = "waybill_bench"
 SETTINGS = {"RATE_LIMITS": "off", "LOCATION_MIN_INTERVAL_MS": "0", "LOG_LEVEL": "warning"}
+RAZORPAY = {
+    "RAZORPAY_KEY_ID": "rzp_test_bench",
+    "RAZORPAY_KEY_SECRET": SECRET,
+    "RAZORPAY_WEBHOOK_SECRET": SECRET,
+    "RAZORPAY_API_URL": "http://127.0.0.1:1",
+}
+"""A gateway that sends webhooks, and is never called."""
 SEEDING_AT_ONCE = 8
 CONNECTING_AT_ONCE = 200
 CONNECTED_WITHIN_S = 180.0
@@ -126,6 +133,31 @@ class Stand:
     servers: list[Server]
     orders: list[str]
     folder: Path
+    database_url: str
+
+    async def begin_payments(self, count: int) -> tuple[list[tuple[str, int]], str]:
+        """Place so many orders, and begin to pay each at the simulator of Razorpay. Returns the gateway's order and
+        the amount (minor units) of each, and the secret of its webhooks."""
+
+        async def one(number: int) -> tuple[str, str, int]:
+            order = (await _post(session, "/orders", {**order_body(number), "paymentMethod": "online"}))["id"]
+            payment = await _post(session, "/payments", {"orderId": order, "provider": "razorpay"})
+            return order, payment["gatewayOrderId"], payment["amount"]
+
+        async with _session(self.servers[0]) as session:
+            begun = await _each(range(count), one)
+        self.orders = [order for order, _, _ in begun]
+        accounts = json.loads((self.folder / "data" / "sandbox" / "accounts.json").read_text())
+        return [(name, amount) for _, name, amount in begun], accounts["razorpay"]["webhook_secrets"][0]
+
+    @asynccontextmanager
+    async def tables(self) -> AsyncIterator[asyncpg.Connection]:
+        """The database that its servers write."""
+        connection = await asyncpg.connect(self.database_url)
+        try:
+            yield connection
+        finally:
+            await connection.close()
 
     @asynccontextmanager
     async def load(self, *, watchers: int, agents: bool = False) -> AsyncIterator[Program]:
@@ -165,15 +197,17 @@ class Stand:
 
 
 @asynccontextmanager
-async def stand(ground: Ground, who: str, *, orders: int, instances: int = 1) -> AsyncIterator[Stand]:
-    """Start servers, with orders placed and assigned; peers take any order's id."""
+async def stand(
+    ground: Ground, who: str, *, orders: int, instances: int = 1, mode: str = "all", settings: Mapping[str, str] = {}
+) -> AsyncIterator[Stand]:
+    """Start servers, with orders placed and assigned; peers take any order's id. `mode` and `settings` are of ours."""
     folder = ground.fresh_folder()
     async with AsyncExitStack() as stack:
         database_url = await stack.enter_async_context(_database(ground.data))
         if who == WAYBILL:
             fleet = Fleet(database_url, ground.data.redis_url, folder)
             stack.push_async_callback(fleet.stop)
-            started = [await fleet.start("all", ready=True, **SETTINGS) for _ in range(instances)]
+            started = [await fleet.start(mode, ready=True, **SETTINGS, **settings) for _ in range(instances)]
             servers = [Server(one.port, one.process.pid) for one in started]
             seeded = await _seed(servers[0], orders)
         else:
@@ -182,7 +216,7 @@ async def stand(ground: Ground, who: str, *, orders: int, instances: int = 1) ->
             seeded = [f"order-{number}" for number in range(orders)]
         for server in servers:
             kernel.pin(server.pids, ground.server_core)
-        yield Stand(ground, who, servers, seeded, folder)
+        yield Stand(ground, who, servers, seeded, folder, database_url)
 
 
 @asynccontextmanager
@@ -230,17 +264,18 @@ async def _each(items: Iterable[Item], work: Callable[[Item], Awaitable[Result]]
     return await asyncio.gather(*(one(item) for item in items))
 
 
-async def _seed(server: Server, count: int) -> list[str]:
-    async def post(session: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        async with session.post(f"/api/v1{path}", json=body) as response:
-            answer: dict[str, Any] = await response.json()
-        if response.status >= 300:
-            raise RunFailed(f"POST {path}: {response.status} {json.dumps(answer)}")
-        return answer
+async def _post(session: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async with session.post(f"/api/v1{path}", json=body) as response:
+        answer: dict[str, Any] = await response.json()
+    if response.status >= 300:
+        raise RunFailed(f"POST {path}: {response.status} {json.dumps(answer)}")
+    return answer
 
+
+async def _seed(server: Server, count: int) -> list[str]:
     async def one(number: int) -> str:
-        order = str((await post(session, "/orders", order_body(number)))["id"])
-        await post(session, f"/orders/{order}/assign", {"agentId": f"a{number}", "agentName": f"Agent {number}"})
+        order = str((await _post(session, "/orders", order_body(number)))["id"])
+        await _post(session, f"/orders/{order}/assign", {"agentId": f"a{number}", "agentName": f"Agent {number}"})
         return order
 
     async with _session(server) as session:

@@ -131,7 +131,7 @@ async def lying(wrong: str, folder: Path) -> AsyncIterator[tuple[Stand, Program]
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     port = runner.addresses[0][1]
     ground = Ground(folder, DataServers("", "", embedded=False), build(folder), None, None)
-    on = Stand(ground, WAYBILL, [Server(port, os.getpid())], orders, folder)
+    on = Stand(ground, WAYBILL, [Server(port, os.getpid())], orders, folder, database_url="")
     try:
         async with on.load(watchers=4) as load:
             yield on, load

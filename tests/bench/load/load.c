@@ -9,6 +9,7 @@
 //   push RATE                     every agent pushes so many positions a second; 0 stops
 //   move PORT RATE CONNECTIONS    POST the next status of one order after the other, so many a second
 //   place PORT CONNECTIONS FILE   POST an order with this body, again as soon as the last one is answered
+//   deliver PORT RATE CONNECTIONS FILE    POST the webhooks of FILE, each once, so many a second; 0: as they are answered
 //   rest                          no further POSTs
 //   reset                         forget the durations and counts of positions and POSTs
 //   state                         what happened so far
@@ -35,6 +36,7 @@ typedef struct {
   char id[64];
   unsigned watchers, moves, steps;
   bool moving, unsure;  // `unsure`: a move was not confirmed, and may have been made all the same
+  uint64_t delivered_at;
 } Order;
 
 typedef struct {
@@ -69,11 +71,16 @@ typedef struct {
   uint64_t due;
 } Poster;
 
+typedef struct {
+  int order;  // its number; -1: none of ours
+  char *signature, *event_id, *body;
+} Webhook;
+
 static Order *orders;
 static Socket *sockets;
 static Poster *posters;
 static unsigned orders_count, sockets_count, posters_count;
-static char *service_token;
+static char *service_header;
 static int epoll;
 static char read_buffer[READ_BYTES];
 
@@ -86,7 +93,10 @@ static unsigned post_port;
 static uint64_t post_interval, post_due;
 static unsigned move_next;
 static bool posting;
+static enum { MOVES, PLACES, WEBHOOKS } posts;
 static char *place_body;
+static Webhook *webhooks;
+static unsigned webhooks_count, webhook_next;
 
 static struct {
   unsigned long long ready, failed, lost, retries, bad_answers, not_understood;
@@ -322,6 +332,8 @@ static void take_event(Socket *one, Slice arguments) {
   double seq = json_number(json_member(payload, "seq"), 0);
   if (seq < 1) return;
   write_down(one, (uint32_t)seq, type, payload);
+  uint64_t delivered_at = orders[one->order].delivered_at;
+  if (delivered_at && json_is_string(type, "paymentUpdate")) histogram_add(&telling, now() - delivered_at);
   char note[32];
   json_copy(json_member(payload, "note"), note, sizeof note);
   uint64_t due = strtoull(note, NULL, 10), at = now();
@@ -449,12 +461,12 @@ static const char *next_status(const Order *order) {
   return order->moves % 2 ? "out_for_delivery" : "delivery_failed";
 }
 
-static void send_request(Poster *poster, const char *path, const char *body) {
+static void send_request(Poster *poster, const char *path, const char *headers, const char *body) {
   char request[16 * 1024];
   int length = snprintf(request, sizeof request,
-                        "POST %s HTTP/1.1\r\nHost: 127.0.0.1:%u\r\nAuthorization: Bearer %s\r\n"
+                        "POST %s HTTP/1.1\r\nHost: 127.0.0.1:%u\r\n%s"
                         "Content-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s",
-                        path, post_port, service_token, strlen(body), body);
+                        path, post_port, headers, strlen(body), body);
   if (length >= (int)sizeof request) stop("a request is too long");
   poster->busy = true;
   counts.posted++;
@@ -480,7 +492,7 @@ static bool move_one(uint64_t due) {
     order->moving = true;
     poster->order = number, poster->due = due;
     move_next = (number + 1) % orders_count;
-    send_request(poster, path, body);
+    send_request(poster, path, service_header, body);
     return true;
   }
   return false;
@@ -488,7 +500,25 @@ static bool move_one(uint64_t due) {
 
 static void place_one(Poster *poster) {
   poster->due = now();
-  send_request(poster, "/api/v1/orders", place_body);
+  send_request(poster, "/api/v1/orders", service_header, place_body);
+}
+
+static bool deliver_one(Poster *poster, uint64_t due) {
+  if (poster == NULL || webhook_next == webhooks_count) return false;
+  const Webhook *webhook = &webhooks[webhook_next++];
+  char headers[256];
+  snprintf(headers, sizeof headers, "X-Razorpay-Signature: %s\r\nX-Razorpay-Event-Id: %s\r\n", webhook->signature,
+           webhook->event_id);
+  if (webhook->order >= 0) orders[webhook->order].delivered_at = due;
+  poster->due = due;
+  send_request(poster, "/api/v1/webhooks/razorpay", headers, webhook->body);
+  return true;
+}
+
+// What a connection POSTs unasked, as soon as it can.
+static void post_again(Poster *poster) {
+  if (posts == PLACES) place_one(poster);
+  else if (posts == WEBHOOKS && !post_interval) deliver_one(poster, now());
 }
 
 // The order's next turn: the same move again, unless this one was made.
@@ -502,7 +532,7 @@ static void lose_poster(Poster *poster, const char *why) {
   if (poster->busy) {
     counts.refused++;
     note_why("a POST was not answered: %s", why);
-    if (!place_body) end_move(&orders[poster->order], false);
+    if (posts == MOVES) end_move(&orders[poster->order], false);
   }
   poster->connected = poster->busy = false;
   close_link(&poster->link);
@@ -528,15 +558,15 @@ static void read_poster(Poster *poster) {
   histogram_add(&answering, now() - poster->due);
   bool good = strncmp(read_buffer, "HTTP/1.1 2", 10) == 0;
   // After a move that was made without our knowledge its repeat is no legal one.
-  bool made = !place_body && orders[poster->order].unsure && strncmp(read_buffer, "HTTP/1.1 409", 12) == 0;
+  bool made = posts == MOVES && orders[poster->order].unsure && strncmp(read_buffer, "HTTP/1.1 409", 12) == 0;
   if (good || made) {
     counts.answered++;
   } else {
     counts.refused++;
     note_why("a POST was answered %.12s %.160s", read_buffer, body + 4);
   }
-  if (!place_body) end_move(&orders[poster->order], good || made);
-  else if (posting) place_one(poster);
+  if (posts == MOVES) end_move(&orders[poster->order], good || made);
+  if (posting) post_again(poster);
 }
 
 static void on_poster(Poster *poster, uint32_t events) {
@@ -549,7 +579,7 @@ static void on_poster(Poster *poster, uint32_t events) {
     }
     poster->connected = true;
     watch_link(&poster->link, EPOLL_CTL_MOD, EPOLLIN);
-    if (place_body) place_one(poster);
+    post_again(poster);
     return;
   }
   if (events & EPOLLOUT && poster->link.unwritten_length) flush_link(&poster->link);
@@ -620,6 +650,25 @@ static char *file_text(const char *name) {
   return text;
 }
 
+// Lines of the file:   ORDER SIGNATURE EVENT_ID BODY      ORDER as in a plan, or -1
+static void read_webhooks(const char *name) {
+  FILE *file = fopen(name, "r");
+  char *line = NULL;
+  size_t room = 0;
+  if (file == NULL) stop("the webhooks cannot be read");
+  webhooks_count = webhook_next = 0;
+  while (getline(&line, &room, file) > 0) {
+    Webhook read;
+    if (sscanf(line, "%d %ms %ms %m[^\n]", &read.order, &read.signature, &read.event_id, &read.body) != 4 ||
+        read.order >= (int)orders_count)
+      stop("a line of the webhooks is not understood");
+    webhooks = grown(webhooks, (webhooks_count + 1) * sizeof *webhooks);
+    webhooks[webhooks_count++] = read;
+  }
+  free(line);
+  fclose(file);
+}
+
 static void obey(const char *command) {
   char word[16] = "", text[512] = "";
   unsigned first = 0, second = 0;
@@ -638,14 +687,22 @@ static void obey(const char *command) {
     push_due = now();
   } else if (!strcmp(word, "move")) {
     sscanf(command, "%*s %u %lf %u", &first, &rate, &second);
-    free(place_body), place_body = NULL;
+    posts = MOVES;
     post_interval = (uint64_t)((double)SECOND / rate);
     post_due = now();
     start_posting(first, second);
   } else if (!strcmp(word, "place")) {
     sscanf(command, "%*s %u %u %511s", &first, &second, text);
+    posts = PLACES;
     place_body = file_text(text);
     post_interval = 0;
+    start_posting(first, second);
+  } else if (!strcmp(word, "deliver")) {
+    sscanf(command, "%*s %u %lf %u %511s", &first, &rate, &second, text);
+    posts = WEBHOOKS;
+    read_webhooks(text);
+    post_interval = rate > 0 ? (uint64_t)((double)SECOND / rate) : 0;
+    post_due = now();
     start_posting(first, second);
   } else if (!strcmp(word, "rest")) {
     posting = false;
@@ -673,7 +730,10 @@ static void read_plan(const char *name) {
   while (getline(&line, &room, file) > 0) {
     char kind[16], *token = NULL;
     unsigned order, port;
-    if (sscanf(line, "service %ms", &service_token) == 1) continue;
+    if (sscanf(line, "service %ms", &token) == 1) {
+      if (asprintf(&service_header, "Authorization: Bearer %s\r\n", token) < 0) stop("out of memory");
+      continue;
+    }
     if (!strncmp(line, "order ", 6)) {
       orders = grown(orders, (orders_count + 1) * sizeof *orders);
       orders[orders_count] = (Order){0};
@@ -708,7 +768,8 @@ static void tick(void) {
     push_next = (push_next + 1) % sockets_count;
   }
   // A POST that finds no connection free stays due, and its wait counts.
-  for (; posting && post_interval && post_due <= time && move_one(post_due); post_due += post_interval) continue;
+  for (; posting && post_interval && post_due <= time; post_due += post_interval)
+    if (!(posts == MOVES ? move_one(post_due) : deliver_one(free_poster(), post_due))) break;
 }
 
 int main(int count, char **arguments) {

@@ -1,6 +1,7 @@
-// Placing an order with Fastify and pg: the order, its lines and its first event in one transaction.
+// Placing an order with Fastify and pg: the order, its lines and its first event in one transaction. And storing a
+// signed webhook, as the same row of the same table that we write.
 // usage: node fastify_pg.js PORT DATABASE_URL JWT_SECRET
-const { randomUUID } = require("node:crypto");
+const { createHmac, randomUUID, timingSafeEqual } = require("node:crypto");
 const fastify = require("fastify");
 const jwt = require("jsonwebtoken");
 const { Pool } = require("pg");
@@ -25,6 +26,12 @@ const PLACE = {
 };
 const ADD_LINE = { name: "line", text: "INSERT INTO fastify_lines VALUES ($1, $2, $3, $4, $5)" };
 const ADD_EVENT = { name: "event", text: "INSERT INTO fastify_events VALUES ($1, 1, 'orderStatusUpdate', $2)" };
+const STORE = {
+  name: "store",
+  text:
+    "INSERT INTO webhooks (id, provider, event_id, kind, refs, body, status, received_at, next_at) " +
+    "VALUES ($1, 'razorpay', $2, $3, $4, $5, 'received', $6, $6) ON CONFLICT DO NOTHING",
+};
 
 async function main() {
   const pool = new Pool({ connectionString, max: 10 });
@@ -53,6 +60,24 @@ async function main() {
     }
     reply.code(201);
     return { id, status: "pending", seq: 1, currency, items, total };
+  });
+  app.register(async (door) => {
+    door.removeContentTypeParser("application/json");
+    // The body as it came: it is what is signed.
+    door.addContentTypeParser("application/json", { parseAs: "buffer" }, (request, body, done) => done(null, body));
+    door.post("/api/v1/webhooks/razorpay", async (request, reply) => {
+      const { "x-razorpay-signature": signature = "", "x-razorpay-event-id": eventId } = request.headers;
+      const given = Buffer.from(signature, "hex");
+      const made = createHmac("sha256", secret).update(request.body).digest();
+      if (given.length !== made.length || !timingSafeEqual(given, made)) {
+        reply.code(400);
+        return { code: "bad_signature" };
+      }
+      const { event, payload } = JSON.parse(request.body);
+      const { id, order_id } = payload.payment.entity;
+      await pool.query({ ...STORE, values: [randomUUID(), eventId, event, [order_id, id], request.body, new Date()] });
+      return {};
+    });
   });
   await app.listen({ port: Number(port), host: "127.0.0.1" });
 }

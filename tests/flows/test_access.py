@@ -27,7 +27,7 @@ from server.embedded import DataServers
 from server.rest import ROUTES
 from server.sockets import EVENTS
 from tests.harness import ORDER, READY_S, SECRET, SERVICE, Fleet, Instance, Reply, Watcher, free_port, token, until
-from tests.shared import everything, refusal, shared_fleet
+from tests.shared import ask_simulator, everything, refusal, shared_fleet
 
 EVERYWHERE_S = 1.0
 """The contract's: a revoked token works nowhere after this."""
@@ -43,20 +43,13 @@ class Shop(NamedTuple):
 
 @pytest.fixture(scope="module")
 async def shop(data: DataServers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Shop]:
-    folder = tmp_path_factory.mktemp("access")
-    async with shared_fleet(data, folder) as fleet:
+    async with shared_fleet(data, tmp_path_factory.mktemp("access")) as fleet:
         a, b = await fleet.pair(RECONCILE_AFTER_S="3600")
-        accounts = json.loads((folder / "data" / "sandbox" / "accounts.json").read_text())
-        for provider in accounts.values():
-            await ask_simulator(provider["url"], "/mischief", {"webhooksLost": 1_000_000})
+        for account in fleet.accounts().values():
+            await ask_simulator(account["url"], "/mischief", {"webhooksLost": 1_000_000})
         sql = await asyncpg.connect(fleet.database_url)
         yield Shop(a, b, sql)
         await sql.close()
-
-
-async def ask_simulator(url: str, path: str, body: dict[str, Any]) -> None:
-    async with aiohttp.ClientSession() as session, session.post(f"{url}/sandbox{path}", json=body) as response:
-        assert response.status == 200, (path, await response.text())
 
 
 # who may: the table

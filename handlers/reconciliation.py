@@ -63,6 +63,8 @@ class Patience(NamedTuple):
     longest_s: float
     between: Callable[[float, float], float]
     """Chance: a number between two others."""
+    pending_s: float
+    """Until which age one is asked about that nobody seems to have paid."""
 
 
 def pause_s(age_s: float, patience: Patience) -> float:
@@ -85,7 +87,8 @@ def _no_job(name: str, subject: str) -> str:
 
 MOVING_LONG = f"""
 select id from payments
-where status in ('processing', 'authorized', 'unknown') and status_at <= $1 and provider = any ($2)
+where status in ('pending', 'processing', 'authorized', 'unknown') and status_at <= $1 and provider = any ($2)
+    and (status <> 'pending' or gateway_order_id is not null and status_at > $3)
     and {_no_job("reconcile", "payments.id")}
 order by status_at limit {BATCH_MAX}"""
 EXPIRING = f"""
@@ -94,11 +97,16 @@ where status = 'pending' and expires_at <= $1 and {_no_job("expire_order", "orde
 order by expires_at limit {BATCH_MAX}"""
 
 
-async def find_moving(tx: Tx, after_s: float) -> int:
-    """Ask for a `reconcile` of each payment that has been moving for `after_s` seconds; how many there are."""
+async def find_moving(tx: Tx, after_s: float, pending_s: float) -> int:
+    """Ask for a `reconcile` of each payment that has been moving for `after_s` seconds; how many there are.
+
+    One that nobody seems to have paid is asked about too, until it is `pending_s` old: its webhook may be lost, and the
+    payer's browser gone.
+    """
     tx.atomically()
-    since = tx.now() - dt.timedelta(seconds=after_s)
-    return await _enqueue_all(tx, "reconcile", await tx.all(MOVING_LONG, since, sorted(GATEWAYS)))
+    now = tx.now()
+    since, until = (now - dt.timedelta(seconds=s) for s in (after_s, pending_s))
+    return await _enqueue_all(tx, "reconcile", await tx.all(MOVING_LONG, since, sorted(GATEWAYS), until))
 
 
 async def find_expiring(tx: Tx) -> int:
@@ -131,7 +139,8 @@ async def reconcile(desk: Desk, payment_id: str, patience: Patience) -> None:
         raise NotYet(pause_s(_age_s(row, now), patience)) from refused
     except (GatewayAway, GatewayUnknown) as error:
         raise NotYet(pause_s(_age_s(row, now), patience)) from error
-    if row.status in MOVING:
+    is_young = _age_s(row, now) < patience.pending_s
+    if row.status in MOVING or (row.status is PaymentStatus.PENDING and is_young):
         raise NotYet(pause_s(_age_s(row, now), patience))
 
 

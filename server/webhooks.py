@@ -6,9 +6,11 @@ The answer decides whether the gateway sends it again: 200 says that it is store
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import msgspec
+import structlog
 from aiohttp import web
 
 from handlers import webhooks
@@ -19,6 +21,11 @@ from server import metrics
 from server.db import Database
 from server.limits import Limits
 from server.settings import Settings
+
+log = structlog.get_logger()
+
+TELL_UNSIGNED_S = 60.0
+"""How often the log tells of webhooks that are not signed, for each gateway."""
 
 
 class Stored(msgspec.Struct):
@@ -41,6 +48,7 @@ class WebhookDoor:
         self._limits = limits
         self._bytes_max = settings.webhook_max_bytes
         self.wake = wake
+        self._told_at: dict[Provider, float] = {}
 
     async def receive(self, request: web.Request, provider: Provider) -> web.Response:
         """Store a webhook.
@@ -57,6 +65,7 @@ class WebhookDoor:
             delivery = gateway.receive(body, request.headers)
         except BadSignature:
             metrics.webhooks_received.labels(provider, "unsigned").inc()
+            self._tell_unsigned(provider)
             # gateways send bursts from few addresses, so what they sign is not counted; what others send is
             await self._limits.stranger(request)
             raise
@@ -69,6 +78,13 @@ class WebhookDoor:
         metrics.webhooks_received.labels(provider, "stored" if stored else "repeated").inc()
         self.wake()
         return web.Response(body=b"{}", content_type="application/json")
+
+    def _tell_unsigned(self, provider: Provider) -> None:
+        """A secret that is not the gateway's stops every webhook, so somebody must hear of it; once a minute is enough."""
+        now = time.monotonic()
+        if now - self._told_at.get(provider, -TELL_UNSIGNED_S) >= TELL_UNSIGNED_S:
+            self._told_at[provider] = now
+            log.warning("webhook_unsigned", provider=provider, remedy="is the webhook secret the gateway's?")
 
     async def _read(self, request: web.Request) -> bytes:
         """The body, byte for byte: it is what is signed.

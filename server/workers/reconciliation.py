@@ -41,7 +41,7 @@ class Reconciliation:
         self._after_s = settings.reconcile_after_s
         self._zone = zoneinfo.ZoneInfo(settings.seller_time_zone)
         self._patience = reconciliation.Patience(
-            settings.reconcile_after_s, settings.reconcile_retry_max_s, random.uniform
+            settings.reconcile_after_s, settings.reconcile_retry_max_s, random.uniform, settings.hold_max_s
         )
 
     @property
@@ -66,7 +66,7 @@ class Reconciliation:
 
     async def _reconcile_due(self, _: str) -> None:
         async with self._desk.transactions() as tx:
-            await reconciliation.find_moving(tx, self._after_s)
+            await reconciliation.find_moving(tx, self._after_s, self._patience.pending_s)
 
     async def _expire_orders(self, _: str) -> None:
         async with self._desk.transactions() as tx:

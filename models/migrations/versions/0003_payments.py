@@ -197,7 +197,7 @@ def upgrade() -> None:
         "payments",
         ["status_at"],
         unique=False,
-        postgresql_where=sa.text("status in ('processing', 'authorized', 'unknown')"),
+        postgresql_where=sa.text("status in ('pending', 'processing', 'authorized', 'unknown')"),
     )
     op.create_index(
         "ix_payments_newest",

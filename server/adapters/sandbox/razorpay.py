@@ -11,6 +11,7 @@ import base64
 import hashlib
 import hmac
 import random
+import secrets
 import string
 import time
 from collections.abc import Callable
@@ -359,9 +360,10 @@ class RazorpaySandbox:
         return _json(msgspec.to_builtins(closed))
 
     async def _rotate(self, request: web.Request) -> web.Response:
-        """Sign with another secret from now on; body `{secret}`."""
-        self.webhook_secret = str((await _object(request))["secret"])
-        return _json({})
+        """Sign with another secret from now on: the one of the body, `{secret}`, or one that the answer shows."""
+        given = await _object(request) if request.can_read_body else {}
+        self.webhook_secret = str(given.get("secret") or secrets.token_hex(16))
+        return _json({"secret": self.webhook_secret})
 
     async def _deliveries(self, request: web.Request) -> web.Response:
         return _json([msgspec.to_builtins(one) for one in self.courier.attempts])

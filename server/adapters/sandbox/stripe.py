@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import json
 import re
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -297,13 +298,15 @@ class StripeSandbox:
         return self._acted(lambda: self.books.close_dispute(named["dispute"], named["status"]))
 
     async def _roll(self, request: web.Request) -> web.Response:
-        """Sign with another secret too; body `{secret}`. The empty secret ends the old ones."""
-        secret = str((await request.json())["secret"])
+        """Sign with another secret too: the one of the body, `{secret}`, or one that the answer shows. The empty secret
+        ends the old ones."""
+        given = await request.json() if request.can_read_body else {}
+        secret = str(given.get("secret", f"whsec_{secrets.token_hex(16)}"))
         if secret:
             self.roll_secret(secret)
         else:
             self.end_roll()
-        return web.json_response({})
+        return web.json_response({"secret": secret})
 
     def _acted(self, act: Callable[[], Object]) -> web.Response:
         try:

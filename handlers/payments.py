@@ -55,6 +55,7 @@ from models.errors import (
     InvalidSignature,
     MoneyMoved,
     NotFound,
+    NotRefundable,
     OrderClosed,
     PaymentDeclined,
     PaymentInProgress,
@@ -403,13 +404,15 @@ def _proof(gateways: Gateways, row: PaymentRow, cmd: VerifyPayment) -> str | Non
 async def settle_all(
     desk: Desk, payment_id: str, news: Sequence[News], source: Source, actor: Actor | None
 ) -> PaymentRow:
-    """Raises GatewayError: it spoke of another payment."""
+    """Raises GatewayError: it spoke of another payment, or of money that cannot be."""
     async with desk.transactions() as tx:
         try:
             for one in news:
                 await settle(tx, one, source, desk.house, actor=actor, payment_id=payment_id)
         except UnknownPayment as error:
             raise GatewayError(f"The gateway was asked about one payment, and answered otherwise: {error}.") from error
+        except NotRefundable as error:
+            raise GatewayError("The gateway speaks of refunds of more than is there.") from error
         row = await tx.one(READ, uuid.UUID(payment_id))
     assert row is not None
     return read_row(row)

@@ -481,8 +481,9 @@ async def capture(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Ca
     """Take what was authorized, or less of it where the gateway can do that.
 
     Raises:
-        MoneyMoved: it was captured already. Conflict: nothing is authorized. AmountMismatch, CurrencyMismatch,
-        OrderClosed, AlreadyPaid, Unavailable, GatewayError.
+        MoneyMoved: it was captured already. Conflict: nothing is authorized. PaymentInProgress: another amount was
+        asked for, and nobody knows yet what became of that. AmountMismatch, CurrencyMismatch, OrderClosed, AlreadyPaid,
+        Unavailable, GatewayError.
     """
     async with desk.transactions() as tx:
         begun = await once.begun(tx)
@@ -493,6 +494,10 @@ async def capture(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Ca
         before = row.expected
         if not repeated:
             _check_capture(book, cmd)
+            asked_before = await tx.one(CAPTURE_ASKED, row.id)
+            if asked_before is not None and asked_before["kind"] == "capture.asked" and row.expected != cmd.amount:
+                # whichever of two amounts came would be taken for the wrong one
+                raise PaymentInProgress(f"A capture of {row.expected} is under way.", payment_id)
             gateway = gateway_of(desk.gateways, row.provider)
             row.expected = cmd.amount
             await book.close(Source.STAFF, "capture.asked", cmd, actor=actor)
@@ -515,6 +520,11 @@ async def capture(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Ca
     except GatewayUnknown:
         return await _unknown(desk, payment_id, "reconcile")
     return Done(200, view(await settle_all(desk, payment_id, [news], Source.STAFF, actor)))
+
+
+CAPTURE_ASKED = """
+select kind from payment_inputs where payment_id = $1 and kind in ('capture.asked', 'capture.failed')
+order by id desc limit 1"""
 
 
 def _check_capture(book: Book, cmd: CapturePayment) -> None:

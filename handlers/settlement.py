@@ -996,7 +996,8 @@ async def _payment_of(tx: Tx, news: News) -> str:
 
 def _believable(news: News) -> bool:
     """Whether its amounts can be booked at all."""
-    amounts = (news.amount, news.fee or 0, *(one.amount for one in (*news.refunds, *news.disputes)))
+    told = (*(one.amount for one in news.refunds), *(one.amount for one in news.disputes))
+    amounts = (news.amount, news.fee or 0, *told)
     least = 1 if news.report is Report.CAPTURED else 0
     return news.amount >= least and all(0 <= amount <= MINOR_UNITS_MAX for amount in amounts)
 

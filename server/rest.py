@@ -896,7 +896,7 @@ PAYMENT_ROUTES = [
         CapturePayment,
         Payment,
         200,
-        (NotFound, Forbidden, MoneyMoved, Conflict, OrderClosed, AlreadyPaid, *_WRONG, GatewayError),
+        (NotFound, Forbidden, MoneyMoved, Conflict, PaymentInProgress, OrderClosed, AlreadyPaid, *_WRONG, GatewayError),
         also=(202,),
     ),
     Route(

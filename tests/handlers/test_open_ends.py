@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import zoneinfo
 from typing import Any
 
 import pytest
 
+from handlers.payments import CapturePayment
 from handlers.reconciliation import Patience, ReadReconciliation, cancel_payment, expire, read_reconciliation
 from models.errors import Refused
 from models.payment import DisputeNews, DisputeReport, RefundNews, RefundReport, Report
-from tests.handlers.desk import ADMIN, Desk
+from server.doors import Steps
+from tests.handlers.desk import ADMIN, STAFF, Desk
 from tests.handlers.money import TERMS, check_books, news
 from tests.handlers.paying import Counter, away
 
@@ -92,3 +95,22 @@ async def test_what_another_payment_has_paid_is_open_no_more(counter: Counter) -
     await cancel_payment(counter.verbs.desk, first.id, PATIENCE)
     assert (await counter.read(first.id)).status == "cancelled"
     await check_books(counter.desk)
+
+
+async def test_two_captures_of_different_amounts_are_not_under_way_at_once(counter: Counter) -> None:
+    payment = await counter.authorized(await counter.order(), "stripe")
+    counter.stripe.crowded = True
+    counter.stripe.entered.clear()
+    counter.stripe.go.clear()
+
+    def capture(amount: int) -> tuple[Steps, str, CapturePayment]:
+        return counter.verbs.capture, payment.id, CapturePayment(amount, "INR")
+
+    asking = asyncio.create_task(counter.do(*capture(10_000), by=STAFF))
+    await counter.stripe.entered.wait()
+    assert (await counter.refusal(*capture(25_200), by=STAFF)).code == "payment_in_progress"
+    await counter.tell(payment, R.CAPTURED, amount=10_000)
+    counter.stripe.go.set()
+    await asking
+    captured = await counter.read(payment.id)
+    assert (captured.status, captured.attention, captured.captured) == ("completed", None, 10_000)

@@ -56,7 +56,7 @@ from models.errors import (
     Unavailable,
 )
 from models.order import check_currency, require_role, sight
-from models.payment import OPEN, Capture, News, Provider, Report, Source
+from models.payment import MOVING, OPEN, Capture, News, Provider, Report, Source
 from models.user import BACK_OFFICE, Actor
 
 OFFERED = (Provider.RAZORPAY, Provider.STRIPE)
@@ -149,9 +149,12 @@ class _Found(NamedTuple):
     """The gateway has never been asked for it."""
 
 
+# An intent whose last attempt failed can be paid again with the secret that the browser has: it counts as open.
 OPEN_PAYMENTS = """
-select * from payments where order_id = $1 and provider in ('razorpay', 'stripe')
-and status in ('pending', 'processing', 'authorized', 'unknown') order by created_at, id"""
+select * from payments where order_id = $1 and (
+    (provider in ('razorpay', 'stripe') and status in ('pending', 'processing', 'authorized', 'unknown'))
+    or (provider = 'stripe' and status = 'failed' and gateway_order_id is not null and not superseded))
+order by created_at, id"""
 
 
 async def start(desk: Desk, once: Once, actor: Actor, cmd: StartPayment) -> Done:
@@ -191,10 +194,11 @@ async def _open_payment(tx: Tx, desk: Desk, once: Once, actor: Actor, cmd: Start
     gateway_of(desk.gateways, provider).check_amount(amount, order.currency)
     capture = Capture.AUTOMATIC if isinstance(cmd.capture, UnsetType) else cmd.capture
     rows = [read_row(row) for row in await tx.all(OPEN_PAYMENTS, order.id)]
-    same = next((x for x in rows if (x.provider, x.amount, x.capture) == (provider, amount, capture)), None)
+    wanted = (provider, amount, capture)
+    same = next((x for x in rows if x.status in OPEN and (x.provider, x.amount, x.capture) == wanted), None)
     others = [row for row in rows if row is not same]
     for other in others:
-        if other.status is not P.PENDING and other.gateway_order_id is not None:
+        if other.status in MOVING and other.gateway_order_id is not None:
             raise PaymentInProgress(f"A payment by {other.provider} is under way.", str(other.id))
     others = [row for row in others if not row.superseded]
     for other in others:
@@ -284,7 +288,7 @@ async def _withdraw(desk: Desk, actor: Actor, row: PaymentRow) -> None:
         with contextlib.suppress(GatewayFailed):  # then a job asks again
             news = await gateway.cancel(known(row))
     after = await settle_all(desk, str(row.id), news, source_of(actor), actor)
-    if after.status is P.PENDING:
+    if after.status in (P.PENDING, P.FAILED):
         async with desk.transactions() as tx:
             await _supersede(tx, row, actor)
             await enqueue(tx, "cancel_payment", str(row.id))

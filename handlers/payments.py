@@ -55,6 +55,7 @@ from models.errors import (
     InvalidSignature,
     MoneyMoved,
     NotFound,
+    NotRefundable,
     OrderClosed,
     PaymentDeclined,
     PaymentInProgress,
@@ -403,13 +404,15 @@ def _proof(gateways: Gateways, row: PaymentRow, cmd: VerifyPayment) -> str | Non
 async def settle_all(
     desk: Desk, payment_id: str, news: Sequence[News], source: Source, actor: Actor | None
 ) -> PaymentRow:
-    """Raises GatewayError: it spoke of another payment."""
+    """Raises GatewayError: it spoke of another payment, or of money that cannot be."""
     async with desk.transactions() as tx:
         try:
             for one in news:
                 await settle(tx, one, source, desk.house, actor=actor, payment_id=payment_id)
         except UnknownPayment as error:
             raise GatewayError(f"The gateway was asked about one payment, and answered otherwise: {error}.") from error
+        except NotRefundable as error:
+            raise GatewayError("The gateway speaks of refunds of more than is there.") from error
         row = await tx.one(READ, uuid.UUID(payment_id))
     assert row is not None
     return read_row(row)
@@ -478,8 +481,9 @@ async def capture(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Ca
     """Take what was authorized, or less of it where the gateway can do that.
 
     Raises:
-        MoneyMoved: it was captured already. Conflict: nothing is authorized. AmountMismatch, CurrencyMismatch,
-        OrderClosed, AlreadyPaid, Unavailable, GatewayError.
+        MoneyMoved: it was captured already. Conflict: nothing is authorized. PaymentInProgress: another amount was
+        asked for, and nobody knows yet what became of that. AmountMismatch, CurrencyMismatch, OrderClosed, AlreadyPaid,
+        Unavailable, GatewayError.
     """
     async with desk.transactions() as tx:
         begun = await once.begun(tx)
@@ -490,6 +494,10 @@ async def capture(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Ca
         before = row.expected
         if not repeated:
             _check_capture(book, cmd)
+            asked_before = await tx.one(CAPTURE_ASKED, row.id)
+            if asked_before is not None and asked_before["kind"] == "capture.asked" and row.expected != cmd.amount:
+                # whichever of two amounts came would be taken for the wrong one
+                raise PaymentInProgress(f"A capture of {row.expected} is under way.", payment_id)
             gateway = gateway_of(desk.gateways, row.provider)
             row.expected = cmd.amount
             await book.close(Source.STAFF, "capture.asked", cmd, actor=actor)
@@ -512,6 +520,11 @@ async def capture(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Ca
     except GatewayUnknown:
         return await _unknown(desk, payment_id, "reconcile")
     return Done(200, view(await settle_all(desk, payment_id, [news], Source.STAFF, actor)))
+
+
+CAPTURE_ASKED = """
+select kind from payment_inputs where payment_id = $1 and kind in ('capture.asked', 'capture.failed')
+order by id desc limit 1"""
 
 
 def _check_capture(book: Book, cmd: CapturePayment) -> None:

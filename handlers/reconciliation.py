@@ -32,7 +32,7 @@ from handlers.payments import (
 from handlers.ports import Gateway, GatewayAway, GatewayFailed, GatewayRefused, GatewayUnknown, Movement
 from handlers.settlement import PaymentRow, expire_order, open_book, open_order, read_row
 from models.base import Strict, rfc3339
-from models.errors import Forbidden, Invalid, NotFound
+from models.errors import Forbidden, GatewayError, Invalid, NotFound
 from models.order import Status, require_role
 from models.payment import (
     GATEWAYS,
@@ -54,6 +54,10 @@ BATCH_MAX = 500
 
 MARGIN = dt.timedelta(hours=1)
 """How far beyond a day its captures are looked for in the gateway's books: clocks differ, and news take time."""
+
+LATE = dt.timedelta(days=5)
+"""How far before a day Razorpay's books are searched for captures of which we have not heard: it counts them when the
+attempt began, and authorizes late for up to so long."""
 
 
 class Patience(NamedTuple):
@@ -154,7 +158,7 @@ async def cancel_payment(desk: Desk, payment_id: str, patience: Patience) -> Non
     try:
         gateway = _gateway(desk, row.provider)
         row = await _created(desk, gateway, row)
-        if row.gateway_order_id is None or row.status not in OPEN:
+        if row.gateway_order_id is None or row.status not in OPEN | {PaymentStatus.FAILED}:
             return
         try:
             news = await gateway.cancel(known(row))
@@ -252,19 +256,19 @@ UNREACHED_PAUSE_S = 10.0
 async def expire(desk: Desk, order_id: str, patience: Patience) -> None:
     """Cancel an order that nobody has paid in time; its gateways are asked before. The job `expire_order`.
 
-    A gateway that does not answer holds it up, but not beyond `HOLD_MAX_S` after placing: money that came all the same
-    revives the order, or goes back.
+    A gateway that does not answer, or answers nonsense, holds it up, but not beyond `HOLD_MAX_S` after placing: money
+    that came all the same revives the order, or goes back.
 
     Raises:
         NotYet: a gateway does not answer.
     """
     async with desk.transactions() as tx:
         attempts = [read_row(row) for row in await tx.all(ATTEMPTS, uuid.UUID(order_id), sorted(GATEWAYS))]
-    unreached: GatewayFailed | None = None
+    unreached: GatewayFailed | GatewayError | None = None
     for row in attempts:
         try:
             await ask(desk, row)
-        except GatewayFailed as error:
+        except (GatewayFailed, GatewayError) as error:
             unreached = error
     async with desk.transactions() as tx:
         order = (await open_order(tx, order_id)).order
@@ -313,16 +317,18 @@ async def compare(desk: Desk, provider: Provider, day: dt.date, zone: zoneinfo.Z
     """
     gateway = _gateway(desk, provider)
     start, end = bounds(day, zone)
-    theirs = {_key(provider, one): one async for one in gateway.movements(start - MARGIN, end + MARGIN)}
+    since = start - (LATE if provider is Provider.RAZORPAY else MARGIN)
+    theirs = {_key(provider, one): one async for one in gateway.movements(since, end + MARGIN)}
     async with desk.transactions() as tx:
         rows = await tx.all(OURS, provider, list(theirs), start, end)
         of_theirs = await tx.all(PAYMENTS, provider, sorted({one.gateway_order_id for one in theirs.values()}))
     ours = {capture.key: capture for capture in map(_capture, rows)}
     payments = {row["gateway_order_id"]: (row["id"], row["order_id"]) for row in of_theirs}
     that_day = {key: one for key, one in theirs.items() if start <= one.captured_at < end}
+    unheard = {key: one for key, one in theirs.items() if one.captured_at < start and key not in ours}
     differences = [
         difference
-        for key, one in sorted(that_day.items())
+        for key, one in sorted((that_day | unheard).items())
         if (difference := _judge(one, ours.get(key), payments)) is not None
     ]
     counted = [ours[key].booked for key in that_day if key in ours]
@@ -434,7 +440,8 @@ async def read_reconciliation(
         raise Invalid("Only gateways have books to compare ours with.", "/provider")
     try:
         day = dt.date.fromisoformat(date)
-        _, end = bounds(day, zone)
+        start, end = bounds(day, zone)
+        start -= LATE  # the first that is looked at
     except (ValueError, OverflowError):
         raise NotFound("There is no such day.") from None
     async with desk.transactions() as tx:

@@ -21,7 +21,7 @@ from handlers.jobs import enqueue
 from handlers.ports import Done, Once
 from handlers.refund_calls import Desk, Terms, ask
 from handlers.refund_lists import FOUND, OWNER_OF_ORDER, OWNER_OF_PAYMENT, OWNER_OF_REFUND, as_uuid, owner, view
-from handlers.settlement import open_book, open_refund
+from handlers.settlement import REFUND_ANEW, open_book, open_refund
 from models.base import Id, Later, Quantity, Reason, ShortText, Strict
 from models.errors import (
     ApprovalRequired,
@@ -356,12 +356,6 @@ async def _carry_out(desk: Desk, actor: Actor, ids: Sequence[str]) -> tuple[list
 # what failed
 
 
-RETRY = """
-update refunds set status = 'pending', attempt = attempt + 1, failure = null, gateway_refund_id = null, updated_at = $2,
-    earlier = case when gateway_refund_id is null then earlier else array_append(earlier, gateway_refund_id) end
-where id = $1"""
-
-
 async def retry(
     desk: Desk,
     once: Once,
@@ -402,7 +396,7 @@ async def _retry(tx: Tx, actor: Actor, terms: Terms, refund_id: str, cmd: RetryR
         await audit.record(tx, actor, "refund.by_hand", f"refund:{refund_id}", before, cmd)
         return
     if row.status is RefundStatus.FAILED:
-        await tx.one(RETRY, row.id, tx.now())
+        await tx.one(REFUND_ANEW, row.id, tx.now())
         await book.close(Source.STAFF, "refund.retried", {"refund": refund_id, "attempt": row.attempt + 1}, actor=actor)
     await enqueue(tx, "refund", refund_id, after_s=terms.refund_ask_after_s)
     await audit.record(tx, actor, "refund.retry", f"refund:{refund_id}", before, None)

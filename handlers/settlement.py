@@ -23,6 +23,7 @@ from models.cash import Taken
 from models.errors import NotFound, NotRefundable
 from models.event import Event, Type, event
 from models.ledger import DISPUTES, FEES, ORDER_RECEIVABLE, REFUNDS_DUE, ROUNDING, Post, balanced, money_of
+from models.money import MINOR_UNITS_MAX
 from models.order import Fulfilment, PaymentMethod, PaymentSummary, Status, due, payment_status, waits_for_payment
 from models.payment import (
     GATEWAYS,
@@ -38,6 +39,7 @@ from models.payment import (
     PaymentStatus,
     Provider,
     RefundNews,
+    RefundReport,
     Report,
     Source,
     after,
@@ -285,6 +287,11 @@ REFUNDS_OF = f"select {REFUND_COLUMNS} from refunds where payment_id = $1 order 
 SET_REFUND = """
 update refunds set status = $2, gateway_refund_id = $3, failure = $4, settled_at = $5, updated_at = $6, reference = $7
 where id = $1"""
+# begun anew after it failed, by us or by somebody else: another refund for the gateway, and another key
+REFUND_ANEW = """
+update refunds set status = 'pending', attempt = attempt + 1, failure = null, gateway_refund_id = null, updated_at = $2,
+    earlier = case when gateway_refund_id is null then earlier else array_append(earlier, gateway_refund_id) end
+where id = $1"""
 REFUND_LINES = """
 update order_lines l set refunded = l.refunded + $3 * x.amount
 from refund_lines x where x.refund_id = $2 and l.order_id = $1 and l.position = x.position
@@ -428,6 +435,8 @@ class Book:
     async def learn(self, news: News) -> None:
         """Keep the names that the gateway gives the payment; webhooks that waited for them are looked at again."""
         payment = self.payment
+        if news.report is Report.FAILED and not news.fresh and payment.status is PaymentStatus.AUTHORIZED:
+            return  # of an attempt before the one that is to be captured: see `after`
         for name, known, told in (
             ("gateway_order_id", payment.gateway_order_id, news.gateway_order_id),
             ("gateway_payment_id", payment.gateway_payment_id, news.gateway_payment_id),
@@ -490,6 +499,8 @@ class Book:
             )
         if self.order.status is Status.PENDING and self._paid_online():
             self.move(Status.CONFIRMED)
+        if applied and self.order.due == 0:
+            await stop_payments(self.tx, self.order_id, but=payment.id)  # nobody is to pay it twice
 
     async def take_cash(self, taken: Taken, account: str) -> None:
         """Book cash that came into `account`: it settles `taken.applied`, in the coins there were for it."""
@@ -665,19 +676,8 @@ class Book:
         found = found or next(
             (row for row in rows if str(row.id) == news.refund_id and row.gateway_refund_id is None), None
         )
-        # gateways give back by themselves what was paid twice: then it has done what we were about to
-        found = found or next(
-            (
-                row
-                for row in rows
-                if row.gateway_refund_id is None
-                and row.channel is Channel.ORIGINAL
-                and row.status in (RefundStatus.PENDING, RefundStatus.PROCESSING)
-                and (row.amount, row.currency) == (news.amount, news.currency)
-                and key in (None, row.capture_key)
-            ),
-            None,
-        )
+        found = found or await self._owed(rows, news, key)
+        made_elsewhere = found is None
         if found is None:
             if news.currency != self.payment.currency:
                 return
@@ -686,6 +686,30 @@ class Book:
             rows = [_refund(row) for row in await self.tx.all(REFUNDS_OF, self.payment.id)]
             found = next(row for row in rows if row.id == refund_id)
         await self.settle_refund(found, _refund_after(found, news), news.gateway_refund_id, news.failure)
+        if made_elsewhere and news.report is RefundReport.PROCESSING:
+            await enqueue(self.tx, "refund", str(found.id))  # the message that ends it may be lost
+
+    async def _owed(self, rows: Sequence[RefundRow], news: RefundNews, key: str | None) -> RefundRow | None:
+        """The refund of ours that somebody else has made: gateways give back by themselves what was paid twice, and
+        merchants make anew, at the gateway, what failed."""
+        if news.report is RefundReport.FAILED:
+            return None
+        fitting = [
+            row
+            for row in rows
+            if row.channel is Channel.ORIGINAL
+            and row.status is not RefundStatus.SUCCEEDED
+            and (row.status is RefundStatus.FAILED or row.gateway_refund_id is None)
+            and (row.amount, row.currency) == (news.amount, news.currency)
+            and key in (None, row.capture_key)
+        ]
+        found = min(fitting, key=lambda row: row.status is RefundStatus.FAILED, default=None)
+        if found is None or found.gateway_refund_id is None:
+            return found
+        await self.tx.one(REFUND_ANEW, found.id, self.tx.now())
+        again = await self.tx.one(REFUND, found.id)
+        assert again is not None
+        return _refund(again)
 
     async def settle_refund(
         self,
@@ -736,6 +760,8 @@ class Book:
             self._become(with_refunds(payment.captured, payment.refunded))
         elif row.cause is Cause.MISMATCH and succeeded:
             payment.failure = _json(Failure(code="mismatch", message=_REASON[Cause.MISMATCH], retryable=True))
+            if payment.status is not PaymentStatus.FAILED:
+                self._lifecycle.append("payment.failed")
             self._become(PaymentStatus.FAILED)
         self.tell_payment(row.cause, [{"lineId": str(x["position"]), "refunded": x["refunded"]} for x in lines])
 
@@ -757,6 +783,10 @@ class Book:
             self.post(
                 "dispute", currency, Post(DISPUTES, sign * amount), Post(money_of(payment.provider), -sign * amount)
             )
+            back = min(amount, payment.money.refundable) if sign < 0 and currency == payment.currency else 0
+            if back > 0 and self.order.status is Status.CANCELLED:
+                # the cancel could not give back what the bank held
+                await self.reserve(back, "The dispute of a cancelled order was won.")
         if news.report is DisputeReport.OPEN:
             payment.attention = Attention.DISPUTE
         elif payment.attention is Attention.DISPUTE:
@@ -929,6 +959,8 @@ async def settle(
         UnknownPayment: it speaks of a payment that we do not know.
     """
     tx.atomically()
+    if not _believable(news):
+        raise UnknownPayment(f"{news.provider} speaks of amounts that are none")
     if payment_id is None:
         payment_id = await _payment_of(tx, news)
     book = await open_book(tx, payment_id)
@@ -962,6 +994,14 @@ async def _payment_of(tx: Tx, news: News) -> str:
     return str(row["id"])
 
 
+def _believable(news: News) -> bool:
+    """Whether its amounts can be booked at all."""
+    told = (*(one.amount for one in news.refunds), *(one.amount for one in news.disputes))
+    amounts = (news.amount, news.fee or 0, *told)
+    least = 1 if news.report is Report.CAPTURED else 0
+    return news.amount >= least and all(0 <= amount <= MINOR_UNITS_MAX for amount in amounts)
+
+
 def _capture_key(news: News) -> str | None:
     """Which money the news is about: Razorpay's payment, or Stripe's intent, which succeeds once."""
     return news.gateway_order_id if news.provider is Provider.STRIPE else news.gateway_payment_id
@@ -978,7 +1018,12 @@ async def tell_refund(
     """
     tx.atomically()
     book, row = await open_refund(tx, refund_id)
-    if attempt == row.attempt and news.gateway_refund_id not in row.earlier:
+    named = row.gateway_refund_id
+    if attempt != row.attempt or news.gateway_refund_id in row.earlier or (named and not news.gateway_refund_id):
+        pass  # also a refusal of what the gateway, as it has told meanwhile, has given back by itself
+    elif named and named != news.gateway_refund_id:
+        await book.refund_told(news, row.capture_key)  # what looked like this one was made beside it
+    else:
         await book.settle_refund(row, _refund_after(row, news), news.gateway_refund_id, news.failure)
     return await book.close(source, f"refund.{news.report}", news, actor=actor)
 
@@ -1016,10 +1061,10 @@ def _refund(row: Row) -> RefundRow:
 PAYMENTS_OF_ORDER = "select id, provider, status from payments where order_id = $1 order by created_at, id"
 
 
-async def stop_payments(tx: Tx, order_id: str) -> None:
-    """Let nobody pay the order any more, as far as its gateways can do that."""
+async def stop_payments(tx: Tx, order_id: str, *, but: uuid.UUID | None = None) -> None:
+    """Let nobody pay the order any more, as far as its gateways can do that, `but` by one payment."""
     for row in await tx.all(PAYMENTS_OF_ORDER, uuid.UUID(order_id)):
-        if row["status"] in OPEN and row["provider"] in GATEWAYS:
+        if row["status"] in OPEN and row["provider"] in GATEWAYS and row["id"] != but:
             await enqueue(tx, "cancel_payment", str(row["id"]))
 
 

@@ -248,7 +248,9 @@ payments = Table(
     Index("ix_payments_newest", text("created_at desc"), text("id desc")),
     Index("ix_payments_customer", "customer_id", text("created_at desc"), text("id desc")),
     Index(
-        "ix_payments_moving", "status_at", postgresql_where=text("status in ('pending', 'processing', 'authorized', 'unknown')")
+        "ix_payments_moving",
+        "status_at",
+        postgresql_where=text("status in ('pending', 'processing', 'authorized', 'unknown')"),
     ),
     Index("ix_payments_attention", "attention", postgresql_where=text("attention is not null")),
     Index("ix_payments_gateway_payment", "provider", "gateway_payment_id"),

@@ -247,7 +247,9 @@ ROUTES = [
     .may_refuse(NotFound, Forbidden, PaymentDeclined, OrderClosed, AlreadyPaid, Conflict, GatewayError),
     Route("POST", "/payments/{payment_id}/capture", capture_payment, CapturePayment, Payment, also=(202,))
     .does("Take what was authorized")
-    .may_refuse(NotFound, Forbidden, MoneyMoved, Conflict, OrderClosed, AlreadyPaid, *_WRONG, GatewayError),
+    .may_refuse(
+        NotFound, Forbidden, MoneyMoved, Conflict, PaymentInProgress, OrderClosed, AlreadyPaid, *_WRONG, GatewayError
+    ),
     Route("POST", "/payments/{payment_id}/cancel", cancel_payment, Nothing, Payment, also=(202,))
     .does("Let nobody pay it any more")
     .may_refuse(NotFound, Forbidden, MoneyMoved, PaymentInProgress, GatewayError),

@@ -423,6 +423,20 @@ async def test_what_the_gateway_counts_on_another_day_is_no_difference(office: O
     assert [one.count for one in yesterday.ours] == [one.count for one in yesterday.theirs] == [2]
 
 
+async def test_what_was_captured_days_after_its_attempt_is_not_forgotten(office: Office) -> None:
+    """Razorpay authorizes late and lists it under the day of the attempt: without a webhook, the report names it."""
+    name = await office.started()
+    office.world.sandbox.pay(name)
+    begin, _ = bounds(today(), KOLKATA)
+    sim_payment(office, name).created_at = int((begin - dt.timedelta(days=3)).timestamp())
+    report = await report_of(office)
+    assert [(one.kind, one.gateway_order_id) for one in report.differences] == [(Kind.MISSING, name)]
+    assert report.theirs == []
+    assert ("reconcile", await office.id_of(name)) in await office.jobs()
+    await office.reconcile(name)
+    assert (await report_of(office)).differences == []
+
+
 def test_a_day_is_half_open_and_has_its_own_length() -> None:
     berlin = zoneinfo.ZoneInfo("Europe/Berlin")
     for day, hours in ((dt.date(2026, 3, 29), 23), (dt.date(2026, 10, 25), 25), (dt.date(2026, 11, 20), 24)):

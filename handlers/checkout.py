@@ -199,7 +199,7 @@ async def _open_payment(tx: Tx, desk: Desk, once: Once, actor: Actor, cmd: Start
     others = [row for row in rows if row is not same]
     for other in others:
         if other.status in MOVING and other.gateway_order_id is not None:
-            raise PaymentInProgress(f"A payment by {other.provider} is under way.", str(other.id))
+            raise PaymentInProgress(f"A payment by {other.provider.capitalize()} is under way.", str(other.id))
     others = [row for row in others if not row.superseded]
     for other in others:
         if other.provider is Provider.STRIPE and other.gateway_order_id is not None:
@@ -350,7 +350,7 @@ async def checkout(desk: Desk, payment_id: str, secret: str | None) -> dict[str,
         try:
             secret = await gateway.client_secret(known(row))
         except GatewayFailed as error:
-            raise Unavailable(f"{row.provider} does not say how to go on; try again.") from error
+            raise Unavailable(f"{row.provider.capitalize()} does not say how to go on; try again.") from error
     contact = msgspec.json.decode(found["contact"]) if found["contact"] else {}
     names = (("name", "name"), ("email", "email"), ("contact", "phone"))
     return gateway.checkout(known(row), secret, {ours: contact[name] for ours, name in names if contact.get(name)})

@@ -238,16 +238,16 @@ def gateway_of(gateways: Gateways, provider: Provider) -> Gateway:
     """Raises Unavailable: the provider is not set up, or its breaker is open."""
     gateway = gateways.get(provider)
     if gateway is None:
-        raise Unavailable(f"Payments by {provider} are not set up here.")
+        raise Unavailable(f"Payments by {provider.capitalize()} are not set up here.")
     if not gateway.offered:
-        raise Unavailable(f"Payments by {provider} are not available now; try again, or pay in another way.")
+        raise Unavailable(f"Payments by {provider.capitalize()} are not available now; try again, or pay in another way.")
     return gateway
 
 
 def as_refusal(error: GatewayFailed) -> GatewayError:
     if isinstance(error, GatewayRefused):
-        return GatewayError(f"{error.provider} refused: {error.message} ({error.code})")
-    return GatewayError(f"{error.provider} was not reached; nothing has happened.")
+        return GatewayError(f"{error.provider.capitalize()} refused: {error.message} ({error.code})")
+    return GatewayError(f"{error.provider.capitalize()} was not reached; nothing has happened.")
 
 
 # a gateway is asked to create it
@@ -380,7 +380,7 @@ def _proof(gateways: Gateways, row: PaymentRow, cmd: VerifyPayment) -> str | Non
     proof = (cmd.razorpay_payment_id, cmd.razorpay_order_id, cmd.razorpay_signature)
     if row.provider is not Provider.RAZORPAY:
         if any(part is not UNSET for part in proof):
-            raise Invalid(f"This payment is by {row.provider}; there is nothing of Razorpay's to verify.")
+            raise Invalid(f"This payment is by {row.provider.capitalize()}; there is nothing of Razorpay's to verify.")
         if row.provider not in GATEWAYS:
             raise Invalid("Cash is not verified by its payer.")
         return None
@@ -392,7 +392,7 @@ def _proof(gateways: Gateways, row: PaymentRow, cmd: VerifyPayment) -> str | Non
     assert isinstance(signature, str)
     gateway = gateways.get(row.provider)
     if gateway is None:
-        raise Unavailable(f"Payments by {row.provider} are not set up here.")
+        raise Unavailable(f"Payments by {row.provider.capitalize()} are not set up here.")
     # our own order id is signed for, never the posted one: else any payment of anybody would do
     if row.gateway_order_id is None or order_id != row.gateway_order_id:
         raise InvalidSignature("This was not signed for this payment.")

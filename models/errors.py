@@ -197,7 +197,7 @@ class RateLimited(Refused):
 class GatewayError(Refused):
     """The gateway said no, or was not reached: surely nothing happened."""
 
-    code, status, title = "gateway_error", 502, "The payment gateway refused"
+    code, status, title = "gateway_error", 502, "The payment gateway could not do it"
 
 
 class Unavailable(Refused):

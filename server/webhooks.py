@@ -59,7 +59,7 @@ class WebhookDoor:
         """
         gateway = self._gateways.get(provider)
         if gateway is None:
-            raise NotFound(f"{provider} is not set up here.")
+            raise NotFound(f"{provider.capitalize()} is not set up here.")
         body = await self._read(request)
         try:
             delivery = gateway.receive(body, request.headers)

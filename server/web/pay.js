@@ -11,6 +11,7 @@
     razorpay: ["Razorpay", "UPI, cards, netbanking, wallets"],
     stripe: ["Stripe", "Cards and more"],
   };
+  const nameOf = (provider) => (GATEWAYS[provider] || [provider])[0];
   const SCRIPTS = { razorpay: "https://checkout.razorpay.com/v1/checkout.js", stripe: "https://js.stripe.com/v3/" };
   const MOVING = ["processing", "authorized", "unknown"];
   const ENDS = {
@@ -174,13 +175,16 @@
     if (!offers.length) setTimeout(() => askOffers().then(render, stumble), OFFERS_MS);
   }
 
+  /** Nobody knows whether the gateway has it; nobody can have paid it, because no checkout was shown. */
+  const uncertain = (payment) => payment.status === "unknown" && !payment.gatewayOrderId;
+
   /** due, waiting, failed, paid or closed: what the page is about. */
   function standing() {
     const { payment, status } = order;
     if (busy) return "waiting";
     if (status === "cancelled") return "closed";
     if (payment.due <= 0) return "paid";
-    if (payments.some((one) => MOVING.includes(one.status))) return "waiting";
+    if (payments.some((one) => MOVING.includes(one.status) && !uncertain(one))) return "waiting";
     return payments.length && payments[0].status === "failed" ? "failed" : "due";
   }
 
@@ -204,9 +208,15 @@
     quiet();
     await working("One moment", async () => {
       const returnUrl = `${location.origin}${base}/pay/${orderId}`;
-      const payment = await call("POST", "/payments", { orderId, provider, returnUrl });
+      const silent = `${nameOf(provider)} did not answer. Nothing was paid yet. Try again, or choose another way.`;
+      const payment = await call("POST", "/payments", { orderId, provider, returnUrl }).catch((error) => {
+        throw error.status === 502 || error.status === 503 ? new Refused(0, { detail: silent }) : error;
+      });
       const { checkout } = payment;
-      if (!checkout) return; // nobody knows yet whether the gateway has it: its status says so
+      if (!checkout) {
+        if (uncertain(payment)) notify(silent);
+        return; // else its status says what becomes of it
+      }
       if (checkout.url) await goTo(checkout.url, returnUrl);
       else if (provider === "razorpay") await payAtRazorpay(payment, checkout);
       else await payAtStripe(payment, checkout, returnUrl);
@@ -307,7 +317,7 @@
 
   function stumble(error) {
     if (error instanceof Over) finish(error.message);
-    else if (error instanceof Refused) notify(error.status === 502 || error.status === 503 ? "This way to pay does not answer now. Nothing was taken. Please try again, or pay another way." : error.message);
+    else if (error instanceof Refused) notify(error.status === 502 || error.status === 503 ? "The shop does not answer now. Nothing is lost: this page shows what becomes of it." : error.message);
     else throw error;
   }
 
@@ -345,7 +355,8 @@
       return [busy || "Your payment is under way", busy ? "" : "We wait for your bank. This page shows it when the money arrives; you need not pay again.", "clock"];
     if (state === "failed") {
       const { failure } = payments[0];
-      return ["The payment did not work", `${(failure && failure.message) || "Your bank said no."} You can try again: ${due}. If your bank pays all the same, it counts for this order.`, "bang"];
+      const why = (failure && failure.message) || "Your bank said no.";
+      return ["The payment did not work", `${/[.!?]$/.test(why) ? why : `${why}.`} You can try again: ${due}. If your bank pays all the same, it counts for this order.`, "bang"];
     }
     return [`To pay: ${due}`, payment.paid > 0 ? `${money(payment.paid, currency)} has arrived already.` : "Choose how you want to pay.", ""];
   }
@@ -376,6 +387,7 @@
     $("page").dataset.state = state;
     $("page").setAttribute("aria-busy", String(Boolean(busy)));
 
+    if (state === "paid" || state === "closed") quiet();
     const open = (state === "due" || state === "failed") && $("card").hidden;
     $("until").hidden = !(open && order.expiresAt);
     if (order.expiresAt) say("until", `The shop keeps your order until ${clock(order.expiresAt)}.`);
@@ -394,12 +406,12 @@
   }
 
   function choice({ provider, sandbox }) {
-    const [name, what] = GATEWAYS[provider] || [provider, ""];
+    const [, what] = GATEWAYS[provider] || [];
     const button = make("button", "choice");
     button.type = "button";
     button.dataset.provider = provider;
     const about = sandbox ? "Simulator: no money moves" : what;
-    button.append(make("b", "", `Pay ${money(order.payment.due, order.currency)} with ${name}`), make("small", "", about));
+    button.append(make("b", "", `Pay ${money(order.payment.due, order.currency)} with ${nameOf(provider)}`), make("small", "", about));
     button.onclick = () => pay(provider);
     const item = make("li");
     item.append(button);

@@ -15,7 +15,7 @@ from server.adapters.sandbox.stripe import StripeSandbox
 from server.embedded import DataServers
 from tests.browser.browsing import Visitor
 from tests.harness import Instance, token, until
-from tests.shared import shared_fleet
+from tests.shared import ask_simulator, shared_fleet
 
 PROVIDERS = ("razorpay", "stripe")
 ITEMS = [{"name": "Masala dosa", "quantity": 2, "unitPrice": 12000, "taxRateBp": 500}]
@@ -30,6 +30,7 @@ class Bill:
 
     def __init__(self, shop: Instance, order: dict[str, Any], link: dict[str, Any]) -> None:
         self.shop, self.order, self.id = shop, order, order["id"]
+        self.link_id: str = link["id"]
         self.secret: str = link["url"].rpartition("/")[2]
         self.url = f"{shop.url}/pay/{self.secret}"
 
@@ -266,6 +267,17 @@ async def test_links_that_open_nothing(shop: Instance, visitor: Visitor) -> None
     await expect(page.locator("#problem-title")).to_have_text("This link has ended")
 
 
+async def test_a_page_whose_link_ends_says_so(shop: Instance, visitor: Visitor) -> None:
+    visitor.expected += [GONE, re.compile("401")]
+    due = await bill(shop)
+    page = await visitor.open(due.url)
+    await stands(page, "due")
+    reply = await shop.request("DELETE", f"/orders/{due.id}/links/{due.link_id}")
+    assert reply.status == 204, reply
+    await cancel(due)  # ends the long poll
+    await expect(page.locator("#problem-title")).to_have_text("This link has ended")
+
+
 @pytest.mark.parametrize("forged", ["", "0" * 64])
 async def test_an_address_that_claims_a_payment_proves_nothing(shop: Instance, visitor: Visitor, forged: str) -> None:
     visitor.expected.append(re.compile("422"))
@@ -323,8 +335,32 @@ async def test_a_gateway_that_is_away_is_said_to_be(shop: Instance, visitor: Vis
         ),
     )
     await page.locator("[data-provider=razorpay]").click()
-    await expect(page.locator("#notice")).to_contain_text("Nothing was taken.")
+    await expect(page.locator("#notice")).to_contain_text("Razorpay did not answer. Nothing was paid yet.")
     await stands(page, "due")
+
+
+async def test_a_gateway_that_hangs_is_said_to(
+    data: DataServers, tmp_path_factory: pytest.TempPathFactory, visitor: Visitor
+) -> None:
+    async with shared_fleet(data, tmp_path_factory.mktemp("hang")) as fleet:
+        hurried = await fleet.start(GATEWAY_TIMEOUT_MS="500")
+        due = await bill(hurried)
+        page = await visitor.open(due.url)
+        await stands(page, "due")
+        (listens,) = [
+            x for x in hurried.log_records() if (x["event"], x.get("provider")) == ("sandbox_listening", "razorpay")
+        ]
+        await ask_simulator(listens["url"], "/mischief", {"fault": "hang", "faultCalls": 100})
+        await page.locator("[data-provider=razorpay]").click()
+        await expect(page.locator("#notice")).to_have_text(
+            "Razorpay did not answer. Nothing was paid yet. Try again, or choose another way."
+        )
+        await stands(page, "due")
+        assert [one["status"] for one in await due.payments()] == ["unknown"]
+        await choose(page, "stripe")
+        await act(page, "pay")
+        await stands(page, "paid")
+        await expect(page.locator("#notice")).to_be_hidden()
 
 
 # with keys: the gateway's own checkout opens inside the page

@@ -240,7 +240,9 @@ def gateway_of(gateways: Gateways, provider: Provider) -> Gateway:
     if gateway is None:
         raise Unavailable(f"Payments by {provider.capitalize()} are not set up here.")
     if not gateway.offered:
-        raise Unavailable(f"Payments by {provider.capitalize()} are not available now; try again, or pay in another way.")
+        raise Unavailable(
+            f"Payments by {provider.capitalize()} are not available now; try again, or pay in another way."
+        )
     return gateway
 
 

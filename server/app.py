@@ -368,7 +368,7 @@ class Process:
         self.port = self._listener.getsockname()[1]
         if not self.rest.public_url:
             self.rest.public_url = f"http://localhost:{self.port}"
-            if self._serves and self.settings.environment == "production":
+            if self._serves and self.settings.production:
                 log.warning("public_url_missing", remedy="set PUBLIC_URL: links start with http://localhost")
         log.info("listening", host=self.settings.bind_host, port=self.port)
 

@@ -138,6 +138,15 @@ async def test_behind_a_trusted_proxy_the_public_host_is_the_own_origin(opened: 
     assert await upgrades(closed, **public) == 403, "a header of somebody who is no proxy was believed"
 
 
+# links
+
+
+async def test_production_without_a_public_url_is_warned_of(opened: Instance, closed: Instance) -> None:
+    told = [one["remedy"] for one in opened.log_records() if one["event"] == "public_url_missing"]
+    assert told == ["set PUBLIC_URL: links start with http://localhost"]
+    assert "public_url_missing" not in closed.log.read_text(), "on a machine of one's own it is right"
+
+
 # what every answer carries
 
 

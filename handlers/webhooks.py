@@ -130,6 +130,9 @@ update webhooks set next_at = $2 where id = any (array(
     for update of parked skip locked))"""
 
 
+OF_NO_CONCERN = f"update webhooks set status = 'applied', settled_at = $3, error = null where {HELD} returning 1"
+
+
 async def apply(tx: Tx, gateways: Gateways, house: House, patience: Patience, taken: Taken) -> bool:
     """Book what the webhook says, and wake what is parked about the same, in one transaction. False: it is not ours any
     more, because somebody else has taken it or staff has decided.
@@ -142,6 +145,8 @@ async def apply(tx: Tx, gateways: Gateways, house: House, patience: Patience, ta
         news = gateways[taken.provider].read(taken.kind, taken.body)
     except (Refused, GatewayFailed) as error:
         raise Unreadable(str(error)) from error
+    if not news:
+        return await tx.one(OF_NO_CONCERN, taken.id, taken.attempts, tx.now()) is not None
     tx.atomically()
     if await tx.one(HOLD, taken.id, taken.attempts, str(patience.lock_wait_ms)) is None:
         return False

@@ -330,7 +330,9 @@ class Order(View):
                 override that.
         """
         moves = MOVES[self.fulfilment].get(self.status, ())
-        if target not in moves or not may_move(actor, self.status, target):
+        # whoever asks: an online order is confirmed by its money only
+        waits = target is Status.CONFIRMED and self.payment.method is PaymentMethod.ONLINE
+        if target not in moves or not (may_move(actor, self.status, target) or waits):
             allowed = self.allowed(actor)
             may = f"you may move it to {' or '.join(allowed)}" if allowed else "you cannot move it any further"
             raise IllegalMove(f"The order is {self.status}; {may}, not to {target}.", allowed)

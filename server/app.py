@@ -20,6 +20,8 @@ from handlers.settlement import House
 from models.errors import Forbidden, Unavailable
 from server import docs, metrics, migrate
 from server.auth import Authenticator
+from server.calls import edge
+from server.context import Rest
 from server.db import Database
 from server.doors import FORGET, Doors
 from server.edges import Edges
@@ -30,16 +32,15 @@ from server.limits import SPEND, Limits
 from server.locations import Locations
 from server.outbox import CONTROL, Outbox, order_channel
 from server.pages import Pages
-from server.payments import PaymentVerbs
 from server.presence import Presence
 from server.realtime.bus import Bus
 from server.realtime.positions import SHOW, PositionLane
-from server.refunds import RefundVerbs
-from server.rest import API, Rest, add_routes, edge
+from server.rest import API, add_routes
 from server.revocations import RevocationWatch
 from server.settings import CannotStart, Settings
 from server.sockets import Sockets
 from server.timeouts import Site
+from server.verbs import PaymentVerbs, RefundVerbs
 from server.webhooks import WebhookDoor
 from server.workers.inbox import Inbox
 from server.workers.jobs import Jobs
@@ -136,9 +137,6 @@ class Process:
             keep_s=settings.location_keep_s,
         )
         self.outbox = Outbox(self.database, self.bus, lane)
-        self.gateway_room = GatewayRoom(settings, simulates=serves and works)
-        self.gateways = self.gateway_room.gateways
-        self.house = House(terms_of(settings), AllThere())
         self.authenticator = Authenticator(settings)
         self.trail = Trail(
             self.database,
@@ -149,7 +147,14 @@ class Process:
         )
         self.locations = Locations(settings, self.database, self.bus, lane, self.trail)
         doors = Doors(self.database, self.outbox, lane)
+        self.gateway_room = GatewayRoom(settings, simulates=serves and works)
+        self.gateways = self.gateway_room.gateways
+        self.house = House(terms_of(settings), AllThere())
         desk = Desk(doors.transaction, self.gateways, self.house)
+        refunds_desk = refund_calls.Desk(doors.transaction, self.gateways, refund_terms(settings))
+        self.inbox = Inbox(settings, self.database, self.outbox, self.gateways, self.house)
+        jobs = [*Reconciliation(desk, settings).jobs, refund_job(refunds_desk)]
+        self.jobs = Jobs(self.database, settings, jobs, schedules(settings))
         self.edges = Edges(settings)
         self.limits = Limits(settings, self.bus, self.edges)
         self.sockets = Sockets(
@@ -170,8 +175,6 @@ class Process:
             watched=self.sockets.rooms.watched,
         )
         self.sockets.rooms.on_members = self.presence.changed
-        refunds_desk = refund_calls.Desk(doors.transaction, self.gateways, refund_terms(settings))
-        self.inbox = Inbox(settings, self.database, self.outbox, self.gateways, self.house)
         self.rest = Rest(
             settings,
             doors,
@@ -193,8 +196,6 @@ class Process:
             grace_ms=settings.relay_grace_ms,
             batch_max=settings.relay_batch_max,
         )
-        jobs = [*Reconciliation(desk, settings).jobs, refund_job(refunds_desk)]
-        self.jobs = Jobs(self.database, settings, jobs, schedules(settings))
         self.health = Health(settings, self.database, self.bus, self.sockets.rooms)
         self.health.loops_running = self._loops_running
         self._tasks: list[asyncio.Task[None]] = []

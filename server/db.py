@@ -258,6 +258,9 @@ class Database:
                     self.pooled = await first.fetchval("select pg_backend_pid()") != first.get_server_pid()
             finally:
                 first.terminate()
+        # A session that is cut off while it waits for a lock waits on, and holds others: so it gives up first.
+        # Poolers refuse such a setting of the session.
+        session = {"server_settings": {"lock_timeout": f"{self._settings.db_timeout_ms * 3 // 4}ms"}}
         return await asyncpg.create_pool(
             self._url,
             min_size=1,
@@ -266,7 +269,7 @@ class Database:
             command_timeout=self._timeout_s,
             max_inactive_connection_lifetime=0,
             reset=_keep_as_it_is,
-            **({"statement_cache_size": 0} if self.pooled else {}),
+            **({"statement_cache_size": 0} if self.pooled else session),
         )
 
 

@@ -14,10 +14,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from models.errors import NotFound
 from server import metrics
 from server.auth import bearer
+from server.calls import answer
 from server.db import Database
 from server.realtime.bus import Bus
 from server.realtime.rooms import Rooms
-from server.rest import answer
 from server.settings import Settings
 
 LAG_INTERVAL_S = 0.1

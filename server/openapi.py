@@ -22,8 +22,9 @@ from models.errors import (
     Unavailable,
     UnsupportedMedia,
 )
+from server.calls import MethodNotAllowed, error_page
 from server.doors import KEY_PATTERN, Verb
-from server.rest import API, ROUTES, MethodNotAllowed, Route, error_page
+from server.rest import API, ROUTES, Route
 from server.shapes import JsonSchema, Shapes, component_of
 
 VERSION = "1"
@@ -125,7 +126,7 @@ def takes_key(route: Route) -> bool:
 
 
 def problem_shape(kind: type[Refused]) -> type[msgspec.Struct]:
-    """A refusal as its answer's body. server.rest.problem writes it."""
+    """A refusal as its answer's body. server.calls.problem writes it."""
     return msgspec.defstruct(
         f"{kind.__name__}Problem",
         [

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import msgspec
 from aiohttp import web
 
 from handlers import reconciliation
-
-if TYPE_CHECKING:
-    from server.rest import Call, Rest
+from server.calls import Call, answer
+from server.context import Rest
 
 
 async def read_reconciliation(rest: Rest, call: Call) -> web.Response:
@@ -18,4 +14,4 @@ async def read_reconciliation(rest: Rest, call: Call) -> web.Response:
     date = call.request.match_info["date"]
     desk, zone = rest.payments.desk, rest.seller_zone
     report = await reconciliation.read_reconciliation(desk, call.actor, date, call.command, zone)
-    return web.Response(body=msgspec.json.encode(report), content_type="application/json")
+    return answer(report)

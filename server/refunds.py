@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import msgspec
 from aiohttp import web
 from msgspec import Meta
 
-from handlers import refund_lists, refunds
-from handlers.ports import Done, Once
-from handlers.refund_calls import Desk
+from handlers import refund_lists
 from models.refund import SETTLED
-from models.user import Actor
-from server.doors import Doors, Steps
-
-if TYPE_CHECKING:
-    from server.rest import Call, Rest
+from server.calls import Call, answer, written
+from server.context import Rest
+from server.doors import Steps
 
 
 class ReadRefund(msgspec.Struct, forbid_unknown_fields=True):
@@ -28,26 +23,10 @@ class ReadRefund(msgspec.Struct, forbid_unknown_fields=True):
     ] = 0
 
 
-class RefundVerbs:
-    """The verbs of the desk as the doors perform them."""
-
-    def __init__(self, doors: Doors, desk: Desk) -> None:
-        self.doors, self.desk = doors, desk
-        self.refund_payment = self._steps("refund_payment", refunds.refund_payment, refunds.permit_payment)
-        self.refund_order = self._steps("refund_order", refunds.refund_order, refunds.permit_order)
-        self.retry = self._steps("retry_refund", refunds.retry, refunds.permit_retry)
-
-    def _steps(self, name: str, run: Callable[..., Awaitable[Done]], permit: Callable[..., Awaitable[object]]) -> Steps:
-        async def bound(once: Once, actor: Actor, *args: Any) -> Done:
-            return await run(self.desk, once, actor, *args)
-
-        return Steps(name, bound, permit)
-
-
 async def _perform(rest: Rest, call: Call, verb: Steps, subject: str) -> web.Response:
     key = call.request.headers.get("Idempotency-Key")
     given = await rest.refunds.doors.perform_in_steps(verb, call.actor, subject, call.command, key=key)
-    return web.Response(status=given.status, body=given.body, content_type="application/json")
+    return written(given)
 
 
 async def refund_payment(rest: Rest, call: Call) -> web.Response:
@@ -67,13 +46,13 @@ async def retry_refund(rest: Rest, call: Call) -> web.Response:
 
 async def list_refunds(rest: Rest, call: Call) -> web.Response:
     async with rest.refunds.doors.database.statement() as tx:
-        return _json(await refund_lists.list_refunds(tx, call.actor, call.command))
+        return answer(await refund_lists.list_refunds(tx, call.actor, call.command))
 
 
 async def refunds_of_payment(rest: Rest, call: Call) -> web.Response:
     payment_id = call.request.match_info["payment_id"]
     async with rest.refunds.doors.database.statement() as tx:
-        return _json(await refund_lists.list_of_payment(tx, call.actor, payment_id, call.command))
+        return answer(await refund_lists.list_of_payment(tx, call.actor, payment_id, call.command))
 
 
 async def read_refund(rest: Rest, call: Call) -> web.Response:
@@ -81,13 +60,9 @@ async def read_refund(rest: Rest, call: Call) -> web.Response:
     asked: ReadRefund = call.command
     look = partial(_look, rest, call)
     found = await rest.wait_for(call, look, lambda seen: seen.refund.status in SETTLED, asked.wait)
-    return _json(found.refund)
+    return answer(found.refund)
 
 
 async def _look(rest: Rest, call: Call) -> refund_lists.Seen:
     async with rest.refunds.doors.database.statement() as tx:
         return await refund_lists.read(tx, call.actor, call.request.match_info["refund_id"])
-
-
-def _json(value: object) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json")

@@ -20,8 +20,8 @@ from aiohttp.streams import StreamReader
 
 from models.errors import Malformed, Refused, TooLarge
 from server import metrics
+from server.calls import problem
 from server.edges import protect
-from server.rest import problem
 from server.settings import Settings
 
 log = structlog.get_logger()

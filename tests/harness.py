@@ -254,6 +254,11 @@ class Fleet:
         """Two instances that behave as one."""
         return await self.start("all", ready=True, **env), await self.start("all", ready=True, **env)
 
+    def accounts(self) -> dict[str, Any]:
+        """The accounts at the gateways' simulators that its instances run, by provider."""
+        found: dict[str, Any] = json.loads((self._folder / "data" / "sandbox" / "accounts.json").read_text())
+        return found
+
     async def stop(self) -> None:
         for instance in self.instances:
             if instance.process.poll() is None:

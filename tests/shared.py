@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import asyncpg
 
 from models.schema import metadata
@@ -45,6 +46,12 @@ async def shared_fleet(data: DataServers, folder: Path) -> AsyncIterator[Fleet]:
         await connection.execute(f"drop database {name} with (force)")
         await connection.close()
     fleet.check_logs()
+
+
+async def ask_simulator(url: str, path: str, body: dict[str, Any]) -> None:
+    """Have a simulator of a gateway do something: a payer pays, or something goes wrong from now on."""
+    async with aiohttp.ClientSession() as session, session.post(f"{url}/sandbox{path}", json=body) as response:
+        assert response.status == 200, (path, await response.text())
 
 
 async def everything(connection: Any) -> dict[str, str]:

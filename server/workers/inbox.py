@@ -104,7 +104,7 @@ class Inbox:
     async def _try(self, taken: Taken) -> None:
         try:
             webhooks.check_attempts(taken, self._patience)
-            async with self._database.transaction() as tx:
+            async with self._database.statement() as tx:
                 applied = await webhooks.apply(tx, self._gateways, self._house, self._patience, taken)
         except Exception as error:
             await self._put_off(taken, error)

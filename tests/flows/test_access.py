@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import aiohttp
 import asyncpg
@@ -26,14 +27,14 @@ from server.embedded import DataServers
 from server.rest import ROUTES
 from server.sockets import EVENTS
 from tests.harness import ORDER, READY_S, SECRET, SERVICE, Fleet, Instance, Reply, Watcher, free_port, token, until
-from tests.shared import everything, refusal, shared_fleet
+from tests.shared import ask_simulator, everything, refusal, shared_fleet
 
 EVERYWHERE_S = 1.0
 """The contract's: a revoked token works nowhere after this."""
 
 
 class Shop(NamedTuple):
-    """Two instances, and their database."""
+    """Two instances, and their database. Nothing but requests changes it: nobody sends webhooks, or asks by itself."""
 
     a: Instance
     b: Instance
@@ -43,7 +44,9 @@ class Shop(NamedTuple):
 @pytest.fixture(scope="module")
 async def shop(data: DataServers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Shop]:
     async with shared_fleet(data, tmp_path_factory.mktemp("access")) as fleet:
-        a, b = await fleet.pair()
+        a, b = await fleet.pair(RECONCILE_AFTER_S="3600")
+        for account in fleet.accounts().values():
+            await ask_simulator(account["url"], "/mischief", {"webhooksLost": 1_000_000})
         sql = await asyncpg.connect(fleet.database_url)
         yield Shop(a, b, sql)
         await sql.close()
@@ -75,6 +78,7 @@ PEOPLE: dict[str, Callable[[str], str | None]] = {
     "Gtx": lambda order: token("guest", "g1", orders=AWAY, scope="track"),
     "Gp": lambda order: token("guest", "g1", orders=[order], scope="pay"),
     "Gpx": lambda order: token("guest", "g1", orders=AWAY, scope="pay"),
+    "Gp0": lambda order: token("guest", "c1", scope="pay"),
     "G0": lambda order: token("guest", "c1"),
     "-": lambda order: None,
 }
@@ -91,52 +95,64 @@ CODES = {
 """`empty`: an answer without the order. `invalid`: until there is stock, customers have nothing that they may order."""
 
 TABLE = """
-                                              C  Cn Cx C2 C2n A  An Ax A2 A2n S  Sx X  Xx V  Vx Gt Gtx Gp Gpx G0 -
-POST /orders                                  i  i  i  i  i   f  f  f  f  f   o  o  o  o  o  o  f  f   f  f   f  u
-POST /orders/quote                            i  i  i  i  i   f  f  f  f  f   o  o  o  o  o  o  f  f   f  f   f  u
-GET /orders                                   o  o  e  e  e   o  o  e  e  e   o  e  o  e  o  e  f  f   f  f   f  u
-GET /orders.csv                               o  o  e  e  e   o  o  e  e  e   o  e  o  e  o  e  f  f   f  f   f  u
-GET /orders/{order_id}                        o  o  n  n  n   o  o  n  n  n   o  n  o  n  o  n  o  n   o  n   n  u
-GET /orders/{order_id}/events                 o  o  n  n  n   o  o  n  n  n   o  n  o  n  o  n  o  n   o  n   n  u
-POST /orders/{order_id}/status                f  f  f  f  f   o  o  n  n  n   o  n  o  n  o  n  f  f   f  f   f  u
-POST /orders/{order_id}/assign                f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
-POST /orders/{order_id}/cancel                o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   f  u
-POST /orders/{order_id}/payment-method        o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   f  u
-POST /orders/{order_id}/location              f  f  f  f  f   o  o  n  n  n   f  f  f  f  f  f  f  f   f  f   f  u
-GET /orders/{order_id}/watchers               f  f  f  f  f   o  o  n  n  n   o  n  o  n  o  n  f  f   f  f   f  u
-POST /orders/{order_id}/tracking-link         o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
-POST /orders/{order_id}/payment-link          f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
-DELETE /orders/{order_id}/links/{link_id}     o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
-GET /payments/providers                       o  o  o  o  o   f  f  f  f  f   o  o  o  o  o  o  f  f   o  o   f  u
-POST /links/follow                            o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o  o
-POST /tokens/revoke                           f  f  f  f  f   f  f  f  f  f   f  f  o  o  o  o  f  f   f  f   f  u
-GET /jobs                                     f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f  u
-POST /jobs/{job_id}/retry                     f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
-POST /jobs/{job_id}/dismiss                   f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
-GET /webhooks                                 f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f  u
-POST /webhooks/{webhook_id}/retry             f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
-POST /webhooks/{webhook_id}/dismiss           f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f  u
-POST /webhooks/razorpay                       s  s  s  s  s   s  s  s  s  s   s  s  s  s  s  s  s  s   s  s   s  s
-POST /webhooks/stripe                         s  s  s  s  s   s  s  s  s  s   s  s  s  s  s  s  s  s   s  s   s  s
-POST /payments/cash                           f  f  f  f  f   o  o  n  n  n   o  n  o  n  f  f  f  f   f  f   f  u
-GET /payments/stats/daily                     f  f  f  f  f   f  f  f  f  f   o  f  o  f  o  f  f  f   f  f   f  u
-GET /payments/analytics                       f  f  f  f  f   f  f  f  f  f   o  f  o  f  o  f  f  f   f  f   f  u
-GET /cash/agents/{agent_id}                   f  f  f  f  f   o  f  f  n  f   o  f  o  f  f  f  f  f   f  f   f  u
-POST /cash/handovers                          f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f  u
-GET /ledger/trial-balance                     f  f  f  f  f   f  f  f  f  f   f  f  o  f  f  f  f  f   f  f   f  u
-GET /audit                                    f  f  f  f  f   f  f  f  f  f   f  f  o  f  f  f  f  f   f  f   f  u
-GET /reconciliation/{date}                    f  f  f  f  f   f  f  f  f  f   f  f  n  f  f  f  f  f   f  f   f  u
-POST /payments/{payment_id}/refunds           f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
-POST /orders/{order_id}/refunds               f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f  u
-GET /payments/{payment_id}/refunds            o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   f  u
-GET /refunds                                  f  f  f  f  f   f  f  f  f  f   o  e  o  e  o  e  f  f   f  f   f  u
-GET /refunds/{refund_id}                      o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   f  u
-POST /refunds/{refund_id}/retry               f  f  f  f  f   f  f  f  f  f   o  n  o  n  f  f  f  f   f  f   f  u
-subscribeToOrder                              o  o  n  n  n   o  o  n  n  n   o  n  o  n  o  n  o  n   o  n   n  u
-unsubscribeFromOrder                          o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o  u
-updateLocation                                f  f  f  f  f   o  o  n  n  n   f  f  f  f  f  f  f  f   f  f   f  u
-updateOrderStatus                             f  f  f  f  f   o  o  n  n  n   o  n  o  n  o  n  f  f   f  f   f  u
-refreshToken                                  o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o  u
+                                              C  Cn Cx C2 C2n A  An Ax A2 A2n S  Sx X  Xx V  Vx Gt Gtx Gp Gpx Gp0 G0 -
+POST /orders                                  i  i  i  i  i   f  f  f  f  f   o  o  o  o  o  o  f  f   f  f   f   f  u
+POST /orders/quote                            i  i  i  i  i   f  f  f  f  f   o  o  o  o  o  o  f  f   f  f   f   f  u
+GET /orders                                   o  o  e  e  e   o  o  e  e  e   o  e  o  e  o  e  f  f   f  f   f   f  u
+GET /orders.csv                               o  o  e  e  e   o  o  e  e  e   o  e  o  e  o  e  f  f   f  f   f   f  u
+GET /orders/{order_id}                        o  o  n  n  n   o  o  n  n  n   o  n  o  n  o  n  o  n   o  n   n   n  u
+GET /orders/{order_id}/events                 o  o  n  n  n   o  o  n  n  n   o  n  o  n  o  n  o  n   o  n   n   n  u
+POST /orders/{order_id}/status                f  f  f  f  f   o  o  n  n  n   o  n  o  n  o  n  f  f   f  f   f   f  u
+POST /orders/{order_id}/assign                f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f   f  u
+POST /orders/{order_id}/cancel                o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   n   f  u
+POST /orders/{order_id}/payment-method        o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   n   f  u
+POST /orders/{order_id}/location              f  f  f  f  f   o  o  n  n  n   f  f  f  f  f  f  f  f   f  f   f   f  u
+GET /orders/{order_id}/watchers               f  f  f  f  f   o  o  n  n  n   o  n  o  n  o  n  f  f   f  f   f   f  u
+POST /orders/{order_id}/tracking-link         o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f   f  u
+POST /orders/{order_id}/payment-link          f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f   f  u
+DELETE /orders/{order_id}/links/{link_id}     o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f   f  u
+GET /payments/providers                       o  o  o  o  o   f  f  f  f  f   o  o  o  o  o  o  f  f   o  o   o   f  u
+POST /payments                                o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   n   f  u
+GET /payments                                 o  o  e  e  e   f  f  f  f  f   o  e  o  e  o  e  f  f   o  e   e   f  u
+GET /payments.csv                             f  f  f  f  f   f  f  f  f  f   o  e  o  e  f  f  f  f   f  f   f   f  u
+GET /payments/{payment_id}                    o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   n   f  u
+GET /payments/{payment_id}/history            o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   n   f  u
+POST /payments/{payment_id}/verify            o  o  n  n  n   f  f  f  f  f   f  f  f  f  f  f  f  f   o  n   n   f  u
+POST /payments/{payment_id}/confirm           o  o  n  n  n   f  f  f  f  f   f  f  f  f  f  f  f  f   o  n   n   f  u
+POST /payments/{payment_id}/capture           f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f   f  u
+POST /payments/{payment_id}/cancel            o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   n   f  u
+POST /payments/{payment_id}/reconcile         f  f  f  f  f   f  f  f  f  f   o  n  o  n  f  f  f  f   f  f   f   f  u
+PATCH /payments/{payment_id}                  f  f  f  f  f   f  f  f  f  f   f  f  o  n  o  n  f  f   f  f   f   f  u
+DELETE /payments/{payment_id}                 f  f  f  f  f   f  f  f  f  f   f  f  o  n  f  f  f  f   f  f   f   f  u
+POST /links/follow                            o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o   o  o
+POST /tokens/revoke                           f  f  f  f  f   f  f  f  f  f   f  f  o  o  o  o  f  f   f  f   f   f  u
+GET /jobs                                     f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f   f  u
+POST /jobs/{job_id}/retry                     f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f   f  u
+POST /jobs/{job_id}/dismiss                   f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f   f  u
+GET /webhooks                                 f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f   f  u
+POST /webhooks/{webhook_id}/retry             f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f   f  u
+POST /webhooks/{webhook_id}/dismiss           f  f  f  f  f   f  f  f  f  f   n  f  n  f  f  f  f  f   f  f   f   f  u
+POST /webhooks/razorpay                       s  s  s  s  s   s  s  s  s  s   s  s  s  s  s  s  s  s   s  s   s   s  s
+POST /webhooks/stripe                         s  s  s  s  s   s  s  s  s  s   s  s  s  s  s  s  s  s   s  s   s   s  s
+POST /payments/cash                           f  f  f  f  f   o  o  n  n  n   o  n  o  n  f  f  f  f   f  f   f   f  u
+GET /payments/stats/daily                     f  f  f  f  f   f  f  f  f  f   o  f  o  f  o  f  f  f   f  f   f   f  u
+GET /payments/analytics                       f  f  f  f  f   f  f  f  f  f   o  f  o  f  o  f  f  f   f  f   f   f  u
+GET /cash/agents/{agent_id}                   f  f  f  f  f   o  f  f  n  f   o  f  o  f  f  f  f  f   f  f   f   f  u
+POST /cash/handovers                          f  f  f  f  f   f  f  f  f  f   o  f  o  f  f  f  f  f   f  f   f   f  u
+GET /ledger/trial-balance                     f  f  f  f  f   f  f  f  f  f   f  f  o  f  f  f  f  f   f  f   f   f  u
+GET /audit                                    f  f  f  f  f   f  f  f  f  f   f  f  o  f  f  f  f  f   f  f   f   f  u
+GET /reconciliation/{date}                    f  f  f  f  f   f  f  f  f  f   f  f  n  f  f  f  f  f   f  f   f   f  u
+POST /payments/{payment_id}/refunds           f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f   f  u
+POST /orders/{order_id}/refunds               f  f  f  f  f   f  f  f  f  f   o  n  o  n  o  n  f  f   f  f   f   f  u
+GET /payments/{payment_id}/refunds            o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   n   f  u
+GET /refunds                                  f  f  f  f  f   f  f  f  f  f   o  e  o  e  o  e  f  f   f  f   f   f  u
+GET /refunds/{refund_id}                      o  o  n  n  n   f  f  f  f  f   o  n  o  n  o  n  f  f   o  n   n   f  u
+POST /refunds/{refund_id}/retry               f  f  f  f  f   f  f  f  f  f   o  n  o  n  f  f  f  f   f  f   f   f  u
+subscribeToOrder                              o  o  n  n  n   o  o  n  n  n   o  n  o  n  o  n  o  n   o  n   n   n  u
+unsubscribeFromOrder                          o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o   o  u
+updateLocation                                f  f  f  f  f   o  o  n  n  n   f  f  f  f  f  f  f  f   f  f   f   f  u
+updateOrderStatus                             f  f  f  f  f   o  o  n  n  n   o  n  o  n  o  n  f  f   f  f   f   f  u
+refreshToken                                  o  o  o  o  o   o  o  o  o  o   o  o  o  o  o  o  o  o   o  o   o   o  u
 """
 
 
@@ -159,7 +175,7 @@ class Target(NamedTuple):
     link_id: str
     secret: str
     payment_id: str = ""
-    """Of calls about refunds: paid in cash."""
+    """Of calls about refunds: paid in cash. Of others: begun at a simulator, and `capture` can take it."""
     refund_id: str = ""
     """It is due: the order was cancelled."""
 
@@ -168,12 +184,30 @@ async def target(instance: Instance, call: str) -> Target:
     order = await instance.place()
     if call in ("POST /orders/{order_id}/status", "updateOrderStatus"):  # what its agent may move, and the shop too
         await instance.move(order["id"], "confirmed", "preparing", "ready")
-    if call == "POST /payments/cash":
+    if call == "POST /payments/cash":  # an agent takes it at the door
         await instance.move(order["id"], "confirmed", "preparing", "ready", "out_for_delivery")
     await instance.assign(order["id"], "a1")
     link = (await instance.post(f"/orders/{order['id']}/tracking-link", {})).body
     found = Target(order["id"], link["id"], link["url"].rsplit("/", 1)[1])
-    return await refunded(instance, found, call) if "refund" in call else found
+    if "refund" in call:
+        return await refunded(instance, found, call)
+    if "{payment_id}" in call or call in ("GET /payments", "GET /payments.csv"):
+        return await begun(instance, found, call)
+    return found
+
+
+async def begun(instance: Instance, to: Target, call: str) -> Target:
+    manual, of_stripe = call.endswith("/capture"), call.endswith(("/verify", "/confirm", "/capture"))
+    how = {"provider": "stripe" if of_stripe else "razorpay", "capture": "manual" if manual else "automatic"}
+    reply = await instance.post("/payments", {"orderId": to.id, **how})
+    assert reply.status == 201, reply
+    payment = reply.body
+    if manual:
+        page = urlsplit(payment["checkout"]["url"])
+        await ask_simulator(f"{page.scheme}://{page.netloc}", f"/intents/{payment['gatewayOrderId']}/pay", {})
+        known = await instance.post(f"/payments/{payment['id']}/reconcile", {}, by=token("staff", "s1"))
+        assert known.body["status"] == "authorized", known
+    return to._replace(payment_id=payment["id"])
 
 
 async def refunded(instance: Instance, to: Target, call: str) -> Target:
@@ -210,6 +244,16 @@ def body_of(call: str, to: Target) -> Any:
         "POST /payments/{payment_id}/refunds": {"reason": "Cold", "amount": 100, "currency": "INR"},
         "POST /orders/{order_id}/refunds": {"reason": "Cold", "amount": 100, "currency": "INR"},
         "POST /refunds/{refund_id}/retry": {},
+        "POST /payments": {"orderId": to.id},
+        "POST /payments/{payment_id}/verify": {},
+        "POST /payments/{payment_id}/confirm": {
+            "paymentMethodId": "pm_card_visa",
+            "returnUrl": "https://shop.example/thanks",
+        },
+        "POST /payments/{payment_id}/capture": {"amount": 25_200, "currency": "INR"},
+        "POST /payments/{payment_id}/cancel": {},
+        "POST /payments/{payment_id}/reconcile": {},
+        "PATCH /payments/{payment_id}": {"description": "Table 7"},
         "POST /tokens/revoke": {"jti": str(uuid.uuid4())},
         "POST /payments/cash": {"orderId": to.id, "amount": 25200, "currency": "INR"},
         "POST /cash/handovers": {"agentId": "a1", "amount": 100, "currency": "INR"},
@@ -226,6 +270,20 @@ def payload_of(event: str, to: Target, by: str) -> dict[str, Any]:
     return {**named, **payloads.get(event, {})}
 
 
+def path_of(call: str, to: Target) -> str:
+    names = {
+        "order_id": to.id,
+        "link_id": to.link_id,
+        "payment_id": to.payment_id,
+        "refund_id": to.refund_id,
+        "agent_id": "a1",
+        "date": "2999-01-01",
+        "job_id": "0",
+        "webhook_id": str(uuid.uuid4()),
+    }
+    return call.split(" ")[1].format(**names)
+
+
 async def answer(instance: Instance, call: str, to: Target, by: str | None) -> str:
     """The code that somebody gets; `ok` for what was done, `empty` for a list without the order."""
     if call in EVENTS:
@@ -238,16 +296,12 @@ async def answer(instance: Instance, call: str, to: Target, by: str | None) -> s
                 return "ok" if said["ok"] else str(said["error"]["code"])
         except socketio.exceptions.ConnectionError:
             return str(refusals[0]["data"]["code"])
-    method, path = call.split(" ")
-    path = path.replace("{order_id}", to.id).replace("{link_id}", to.link_id).replace("{job_id}", "0")
-    path = path.replace("{agent_id}", "a1").replace("{date}", "2999-01-01")
-    path = path.replace("{webhook_id}", str(uuid.uuid4()))
-    path = path.replace("{payment_id}", to.payment_id).replace("{refund_id}", to.refund_id)
+    method, path = call.split(" ")[0], path_of(call, to)
     reply = await instance.request(method, path, body_of(call, to), by=by)
     if reply.status >= 400:
         assert reply.body["status"] == reply.status
         return reply.code
-    if path in ("/orders", "/orders.csv", "/refunds") and method == "GET":
+    if path in ("/orders", "/orders.csv", "/payments", "/payments.csv", "/refunds") and method == "GET":
         text = reply.body.decode() if path.endswith(".csv") else json.dumps(reply.body)
         return "ok" if to.id in text else "empty"
     return "ok"
@@ -281,22 +335,29 @@ async def test_everybody_gets_the_answer_of_the_table(shop: Shop, call: str) -> 
 
 
 async def test_somebody_elses_order_looks_like_none(shop: Shop) -> None:
-    """Whoever may not see an order cannot tell it from one that does not exist."""
-    to, nowhere = await target(shop.a, ""), str(uuid.uuid4())
-    for person in ("C2", "Cx", "A2", "Ax", "Sx", "Vx", "Gtx", "Gpx", "G0"):
-        for call in (call for call in expected() if "{order_id}" in call):
-            method, path = call.split(" ")
-            there, none = [
+    """Whoever may not see an order cannot tell it, its payments and its refunds from what does not exist."""
+    nowhere = str(uuid.uuid4())
+    named = ("{order_id}", "{payment_id}", "{refund_id}")
+    calls = [call for call in expected() if any(name in call for name in named)] + [
+        "POST /payments",
+        "POST /payments/cash",
+    ]
+    for call in calls:
+        to = await target(shop.a, call)
+        none = to._replace(id=nowhere, payment_id=nowhere, refund_id=nowhere)
+        for person in ("C2", "Cx", "A2", "Ax", "Sx", "Vx", "Gtx", "Gpx", "Gp0", "G0"):
+            hidden, absent = [
                 await shop.b.request(
-                    method,
-                    path.replace("{order_id}", order_id).replace("{link_id}", to.link_id),
-                    body_of(call, to),
+                    call.split(" ")[0],
+                    path_of(call, one),
+                    body_of(call, one),
                     by=PEOPLE[person](to.id),
                     headers={"X-Request-Id": "same"},
                 )
-                for order_id in (to.id, nowhere)
+                for one in (to, none)
             ]
-            assert (there.status, there.body) == (none.status, none.body), (person, call)
+            assert hidden.status in (403, 404), (person, call)
+            assert (hidden.status, hidden.body) == (absent.status, absent.body), (person, call)
 
 
 # tokens that must not count

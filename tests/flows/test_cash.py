@@ -156,7 +156,7 @@ async def stats(instance: Instance) -> dict[str, Any]:
         ({"tendered": -1}, 422, "invalid"),
         ({"currency": "USD"}, 422, "currency_mismatch"),
         ({"currency": "rupees"}, 422, "invalid"),
-        ({"orderId": str(uuid.uuid4())}, 404, "not_found"),
+        ({"orderId": "00000000-0000-4000-8000-000000000000"}, 404, "not_found"),
         ({"orderId": "1042"}, 404, "not_found"),
         ({"provider": "cash"}, 422, "invalid"),
         ({"note": "\0"}, 422, "invalid"),

@@ -66,7 +66,7 @@ async def test_a_refresh_in_the_grace_is_in_time_and_moves_the_end(pair: tuple[I
     async with Wire(a, short(2)) as wire:
         assert (await wire.call("subscribeToOrder", {"orderId": order["id"]}))["ok"]
         await asyncio.sleep(2.2)
-        answer = await wire.call("refreshToken", {"token": short(4)})
+        answer = await wire.call("refreshToken", {"token": short(2 * GRACE_S)})
         assert answer["ok"], answer
         until_s = time.monotonic() + GRACE_S
         while time.monotonic() < until_s:  # the time at which the first token would have been ended passes

@@ -34,7 +34,7 @@ from models.payment import News, Payment, Provider, RefundNews, Report
 from models.user import Actor
 from server.doors import Answer, Doors, Steps
 from server.outbox import Outbox
-from server.payments import PaymentVerbs
+from server.verbs import PaymentVerbs
 from tests.handlers.desk import CUSTOMER, SERVICE, Desk, command
 from tests.handlers.money import Till, house, news
 

@@ -63,6 +63,8 @@ def answer(asked: Order, by: Actor, target: Status, override: bool) -> str:
     """What the contract says to this request."""
     if (asked.fulfilment, asked.status, target) not in TABLE:
         return "illegal_move"
+    if target == "confirmed" and asked.payment.method == "online":
+        return "payment_required"  # whoever asks
     step = (asked.status, target)
     if by.role is Role.AGENT and step not in AGENT_STEPS:
         return "illegal_move"
@@ -70,8 +72,6 @@ def answer(asked: Order, by: Actor, target: Status, override: bool) -> str:
         return "illegal_move"
     if by is TRACK_GUEST:
         return "illegal_move"
-    if target == "confirmed" and asked.payment.method == "online":
-        return "payment_required"
     handed_over = target == "delivered" and asked.status != "return_requested"
     if handed_over and asked.payment.method == "cash" and asked.payment.due > 0 and not override:
         return "payment_required"

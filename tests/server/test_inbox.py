@@ -217,7 +217,7 @@ async def test_one_that_is_cut_off_is_booked_not_at_all(database: Database) -> N
         await until(lambda: len(worker.read) == 1, "it is tried")
     assert await worker.statuses() == ["received"]
     assert (await worker.till.payment(name))["status"] == "pending"
-    await worker.desk.fetch("update webhooks set next_at = now()")
+    await worker.desk.fetch("update webhooks set next_at = received_at")
     async with worker.running():
         await worker.all_are("applied")
     await check_books(worker.desk)

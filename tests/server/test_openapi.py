@@ -13,7 +13,8 @@ from models.errors import Conflict, IdempotencyMismatch
 from models.position import Position
 from server import docs, openapi
 from server.app import Process, bind
-from server.rest import ROUTES, PositionBatch, Route
+from server.positions import PositionBatch
+from server.rest import ROUTES, Route
 from server.settings import Settings
 from tests import documents
 from tests.harness import Fleet, free_port

@@ -9,7 +9,8 @@ from aiohttp.test_utils import make_mocked_request
 
 from handlers.orders import ListOrders
 from models.errors import Invalid, Malformed, Refused
-from server.rest import ReadEvents, query
+from server.calls import query
+from server.orders import ReadEvents
 from tests.harness import Fleet
 
 

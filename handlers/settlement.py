@@ -304,23 +304,23 @@ values ($1, $2, $3, $4, $5, $6, $7)
 on conflict (provider, gateway_dispute_id) do update set status = excluded.status"""
 
 WRITE_ORDER = """
-update orders set status = $2, paid = $3, refunded = $4, paying = $5, seq = $6, expires_at = $7, expired_at = $8,
-    status_reason = $9, payment_method = $10, updated_at = $11
+with told as (
+    insert into order_events (order_id, seq, type, at, body)
+    select $1, e.seq, e.type, $2, e.body from unnest($3::integer[], $4::text[], $5::text[]) as e(seq, type, body))
+update orders set status = $6, paid = $7, refunded = $8, paying = $9, seq = $10, expires_at = $11, expired_at = $12,
+    status_reason = $13, payment_method = $14, updated_at = $2
 where id = $1"""
-WRITE_EVENTS = """
-insert into order_events (order_id, seq, type, at, body)
-select $1, e.seq, e.type, $2, e.body from unnest($3::integer[], $4::text[], $5::text[]) as e(seq, type, body)"""
 WRITE_LEDGER = """
 insert into ledger_rows (entry, at, kind, account, currency, amount, order_id, payment_id, refund_id, note)
 select x.entry, $1, x.kind, x.account, x.currency, x.amount, $2, $3, x.refund, $4
 from unnest($5::uuid[], $6::text[], $7::text[], $8::text[], $9::bigint[], $10::uuid[])
     as x(entry, kind, account, currency, amount, refund)"""
-WRITE_LIFECYCLE = """
-insert into lifecycle_events (type, at, order_id, payment_id, data)
-select x, $1, $2, $3, $4 from unnest($5::text[]) as x"""
-WRITE_INPUT = """
+WRITE_HISTORY = """
+with lifecycle as (
+    insert into lifecycle_events (type, at, order_id, payment_id, data)
+    select x, $2, $3, $1, $4 from unnest($5::text[]) as x)
 insert into payment_inputs (payment_id, at, source, actor, kind, before, after, detail)
-values ($1, $2, $3, $4, $5, $6, $7, $8)"""
+values ($1, $2, $6, $7, $8, $9, $10, $11)"""
 # What a worker tries just now is skipped: it may wait for the order that is locked here. It comes round by itself.
 WAKE_PARKED = """
 update webhooks set next_at = $2 where id = any (array(
@@ -855,13 +855,13 @@ class Book:
         await self._write_payment()
         await self.write_order()
         await self._write_ledger(note)
-        if self._lifecycle:
-            shown = _json(view(payment))
-            await self.tx.one(WRITE_LIFECYCLE, now, self.order.id, payment.id, shown, self._lifecycle)
         await self.tx.one(
-            WRITE_INPUT,
+            WRITE_HISTORY,
             payment.id,
             now,
+            self.order.id,
+            _json(view(payment)) if self._lifecycle else None,
+            self._lifecycle,
             source,
             actor.who if actor is not None else None,
             kind,
@@ -892,6 +892,10 @@ class Book:
         await self.tx.one(
             WRITE_ORDER,
             order.id,
+            now,
+            seqs,
+            types,
+            bodies,
             order.status,
             order.paid,
             order.refunded,
@@ -901,9 +905,7 @@ class Book:
             order.expired_at,
             order.status_reason,
             order.payment_method,
-            now,
         )
-        await self.tx.one(WRITE_EVENTS, order.id, now, seqs, types, bodies)
         told: list[Event] = [
             event(self.order_id, seq, type_, now, body) for seq, type_, body in zip(seqs, types, bodies, strict=True)
         ]

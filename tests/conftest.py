@@ -6,6 +6,7 @@ import asyncio
 import os
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import asyncpg
@@ -23,14 +24,48 @@ TEMPLATE = "waybill_template"
 
 @pytest.fixture(scope="session")
 async def data(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[DataServers]:
-    """One Postgres and one Redis for the whole run: those that the environment names, else the embedded ones."""
+    """One Postgres and one Redis for the whole run: those that the environment names, those that the command in
+    TEST_SERVERS starts (for each process of a parallel run its own), else the embedded ones."""
+    async with (
+        given_servers(os.environ.get("TEST_SERVERS")) as (database_url, redis_url),
+        _servers(tmp_path_factory, database_url, redis_url) as servers,
+    ):
+        yield servers
+
+
+@asynccontextmanager
+async def given_servers(command: str | None) -> AsyncIterator[tuple[str | None, str | None]]:
+    """The URLs of servers that somebody else runs. `command` runs what follows it with servers, and names them in the
+    environment, as scripts/with-external-data does."""
+    if command is None:
+        yield os.environ.get("TEST_DATABASE_URL"), os.environ.get("TEST_REDIS_URL")
+        return
+    say = 'echo "urls $TEST_DATABASE_URL $TEST_REDIS_URL"; exec cat'
+    process = await asyncio.create_subprocess_exec(
+        command, "sh", "-c", say, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    try:
+        while not (line := await process.stdout.readline()).startswith(b"urls "):
+            assert line, f"{command} started nothing"
+        _, database_url, redis_url = line.decode().split()
+        yield database_url, redis_url
+    finally:
+        process.stdin.close()  # the end of its input is the end of `cat`, and of the servers
+        await process.wait()
+
+
+@asynccontextmanager
+async def _servers(
+    tmp_path_factory: pytest.TempPathFactory, database_url: str | None, redis_url: str | None
+) -> AsyncIterator[DataServers]:
     folder = tmp_path_factory.mktemp("data")
     for parent in (folder, *folder.parents):
         if parent.stat().st_mode & 0o005 == 0o005:
             break
         parent.chmod(0o755)  # Postgres refuses to run as root and must reach its folder as somebody else
-    given = os.environ.get("TEST_DATABASE_URL"), os.environ.get("TEST_REDIS_URL")
-    async with data_servers(folder, *given, lambda sentence: None) as servers:
+    async with data_servers(folder, database_url, redis_url, lambda sentence: None) as servers:
         connection = await asyncpg.connect(servers.database_url)
         await connection.execute(f"drop database if exists {TEMPLATE}")
         await connection.execute(f"create database {TEMPLATE}")

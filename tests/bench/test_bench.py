@@ -59,6 +59,8 @@ async def test_every_job_has_its_figures(data: DataServers, tmp_path: Path) -> N
     # every watcher has all events of its order: two of placing and assigning at least
     assert written["rounds"]["reconnect"][WAYBILL][0]["events_checked"] > 2 * 40
     assert written["rounds"]["status"][WAYBILL][0]["events_checked"] > 2 * 8 * 3
+    # placed, pending, completed, confirmed: 20 of the full inbox, and those that came at 50 a second
+    assert written["rounds"]["settle"][WAYBILL][0]["events_checked"] >= 4 * (20 + 0.3 * 50)
 
 
 @pytest.mark.usefixtures("compiler")

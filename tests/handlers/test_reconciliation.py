@@ -128,13 +128,30 @@ async def test_a_creation_of_unknown_outcome_is_repeated_under_its_reference(off
     with pytest.raises(NotYet):
         await reconcile(office.payments, payment_id, PATIENCE)
     assert await status_of(office, payment_id) == "unknown"
-    await reconcile(office.payments, payment_id, PATIENCE)
+    with pytest.raises(NotYet):  # it can be paid now, and is asked about until somebody does
+        await reconcile(office.payments, payment_id, PATIENCE)
     assert await status_of(office, payment_id) == "pending"
     [made] = office.world.sandbox.books.state.orders.values()
     assert made.receipt == payment_id
     office.world.sandbox.pay(made.id)
     await reconcile(office.payments, payment_id, PATIENCE)
     assert await office.status_of(order) is Status.CONFIRMED
+
+
+async def test_a_payment_that_nobody_seems_to_have_paid_is_asked_about_while_it_is_young(office: Office) -> None:
+    """Its webhook may be lost, and the payer's browser gone."""
+    order = await office.order()
+    name = await office.started(order)
+    payment_id = await office.id_of(name)
+    assert await office.desk.do(find_moving, 0, 2700) == 1
+    assert await office.jobs() == [("reconcile", payment_id)]
+    with pytest.raises(NotYet):
+        await reconcile(office.payments, payment_id, PATIENCE)
+    office.world.sandbox.pay(name)
+    await reconcile(office.payments, payment_id, PATIENCE)
+    assert await office.status_of(order) is Status.CONFIRMED
+    idle = await office.id_of(await office.started())
+    await reconcile(office.payments, idle, PATIENCE._replace(pending_s=0))  # old enough: it is left alone
 
 
 async def unnamed(office: Office, order: Order) -> str:

@@ -304,7 +304,7 @@ async def _create(desk: Desk, actor: Actor, found: _Found) -> Done:
         created = await gateway.create(new_payment(row))
     except (GatewayRefused, GatewayAway) as error:
         # of an earlier attempt it may be known to the gateway all the same: then only its own word ends it
-        if found.is_new or (isinstance(error, GatewayRefused) and not error.failure.retryable):
+        if found.is_new or (isinstance(error, GatewayRefused) and not error.may_pass):
             await creation_failed(desk, row, error)
         raise as_refusal(error) from error
     except GatewayUnknown as error:

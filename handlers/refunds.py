@@ -316,7 +316,7 @@ async def _reserve(
         cmd.reason,
         channel=Channel.MANUAL if by_hand else Channel.ORIGINAL,
         requested_by=actor.who,
-        lines=[(int(line.line_id), line.quantity, line.amount) for line in lines],
+        lines=lines,
         delivery=0 if cmd.lines is UNSET and not cmd.include_delivery else amount - sum(line.amount for line in lines),
         after_s=terms.refund_ask_after_s,
     )

@@ -45,7 +45,7 @@ from models.payment import (
     after,
     with_refunds,
 )
-from models.refund import Cause, Channel, Money, RefundStatus
+from models.refund import Cause, Channel, Money, RefundLine, RefundStatus, allot, spread
 from models.refund import after as refund_after
 from models.user import BACK_OFFICE, Actor
 
@@ -579,13 +579,13 @@ class Book:
         channel: Channel = Channel.ORIGINAL,
         requested_by: str | None = None,
         reference: str | None = None,
-        lines: Sequence[tuple[int, int, int]] = (),
+        lines: Sequence[RefundLine] = (),
         delivery: int = 0,
         after_s: float = 0,
     ) -> list[uuid.UUID]:
         """Reserve `amount` of what came (minor units of the payment's currency); a job carries it out, not before
-        `after_s`. One refund for each capture that it is taken from, newest first: nearly always one. `lines`:
-        (position, quantity, amount).
+        `after_s`. One refund for each capture that it is taken from, newest first: nearly always one. `lines`: what of
+        the order it stands for; `delivery`: how much of the rest is for delivery.
 
         Raises:
             NotRefundable: more than came and is neither back, nor on its way, nor in dispute.
@@ -593,11 +593,19 @@ class Book:
         payment = self.payment
         if not 0 < amount <= payment.money.refundable:
             raise NotRefundable("There is not so much to refund.", payment.money.refundable)
+        captures = [
+            row
+            for row in await self.tx.all(CAPTURES_LEFT, payment.id)
+            if row["left"] > 0 and row["currency"] == payment.currency and capture_key in (None, row["key"])
+        ]
+        parts = spread(amount, [row["left"] for row in captures])
         made: list[uuid.UUID] = []
-        for row in await self.tx.all(CAPTURES_LEFT, payment.id):
-            part = min(amount, row["left"])
-            if part <= 0 or row["currency"] != payment.currency or capture_key not in (None, row["key"]):
-                continue
+        for row, part, mine in zip(captures, parts, allot(lines, parts), strict=True):
+            if not part:
+                break
+            # what is for delivery comes after the lines
+            for_delivery = min(delivery, part - sum(line.amount for line in mine))
+            delivery -= for_delivery
             made.append(
                 await self._reserve_one(
                     row["key"],
@@ -609,15 +617,12 @@ class Book:
                     channel=channel,
                     requested_by=requested_by,
                     reference=reference,
-                    lines=() if made else lines,
-                    delivery=0 if made else delivery,
+                    lines=mine,
+                    delivery=for_delivery,
                     after_s=after_s,
                 )
             )
-            amount -= part
-            if not amount:
-                return made
-        raise NotRefundable("There is not so much to refund.", payment.money.refundable)
+        return made
 
     async def _reserve_one(
         self,
@@ -631,7 +636,7 @@ class Book:
         channel: Channel = Channel.ORIGINAL,
         requested_by: str | None = None,
         reference: str | None = None,
-        lines: Sequence[tuple[int, int, int]] = (),
+        lines: Sequence[RefundLine] = (),
         delivery: int = 0,
         after_s: float = 0,
     ) -> uuid.UUID:
@@ -655,7 +660,8 @@ class Book:
             self.tx.now(),
         )
         if lines:
-            await self.tx.one(ADD_REFUND_LINES, refund_id, *map(list, zip(*lines, strict=True)))
+            of_each = [(int(line.line_id), line.quantity, line.amount) for line in lines]
+            await self.tx.one(ADD_REFUND_LINES, refund_id, *map(list, zip(*of_each, strict=True)))
         if currency == payment.currency:
             payment.reserved += amount
         # what was too much lies in the refunds due already

@@ -43,7 +43,16 @@ from handlers.payments import (
     settle_all,
     source_of,
 )
-from handlers.ports import Done, GatewayAway, GatewayFailed, GatewayRefused, Gateways, GatewayUnknown, Once
+from handlers.ports import (
+    Done,
+    GatewayAway,
+    GatewayFailed,
+    GatewayNotAsked,
+    GatewayRefused,
+    Gateways,
+    GatewayUnknown,
+    Once,
+)
 from handlers.settlement import OrderMoney, PaymentRow, open_book, open_order, read_row, view
 from models.base import Strict, View
 from models.errors import (
@@ -302,6 +311,8 @@ async def _create(desk: Desk, actor: Actor, found: _Found) -> Done:
     gateway = gateway_of(desk.gateways, row.provider)
     try:
         created = await gateway.create(new_payment(row))
+    except GatewayNotAsked as error:
+        raise as_refusal(error) from error  # it stays open: whoever starts again carries it on
     except (GatewayRefused, GatewayAway) as error:
         # of an earlier attempt it may be known to the gateway all the same: then only its own word ends it
         if found.is_new or (isinstance(error, GatewayRefused) and not error.may_pass):

@@ -25,6 +25,7 @@ from handlers.ports import (
     Gateway,
     GatewayAway,
     GatewayFailed,
+    GatewayNotAsked,
     GatewayRefused,
     Gateways,
     GatewayUnknown,
@@ -240,11 +241,18 @@ def gateway_of(gateways: Gateways, provider: Provider) -> Gateway:
     if gateway is None:
         raise Unavailable(f"Payments by {provider} are not set up here.")
     if not gateway.offered:
-        raise Unavailable(f"Payments by {provider} are not available now; try again, or pay in another way.")
+        raise _not_offered(provider)
     return gateway
 
 
-def as_refusal(error: GatewayFailed) -> GatewayError:
+def _not_offered(provider: Provider) -> Unavailable:
+    return Unavailable(f"Payments by {provider} are not available now; try again, or pay in another way.")
+
+
+def as_refusal(error: GatewayFailed) -> GatewayError | Unavailable:
+    """What the caller hears. The breaker may have opened since `gateway_of` looked: that is the same refusal."""
+    if isinstance(error, GatewayNotAsked):
+        return _not_offered(error.provider)
     if isinstance(error, GatewayRefused):
         return GatewayError(f"{error.provider} refused: {error.message} ({error.code})")
     return GatewayError(f"{error.provider} was not reached; nothing has happened.")

@@ -86,8 +86,8 @@ class GatewayFailed(Exception):
 
 
 PASSING = frozenset({401, 403, 409, 429})
-"""HTTP statuses that say nothing of the payment: our key was refused (401, 403), the same request is still being carried
-out (409), or we asked too often (429)."""
+"""HTTP statuses that say nothing of the payment: our key was refused (401, 403), the same request is still being
+carried out (409), or we asked too often (429)."""
 
 
 class GatewayRefused(GatewayFailed):
@@ -118,6 +118,10 @@ class GatewayRefused(GatewayFailed):
 
 class GatewayAway(GatewayFailed):
     """The gateway was not reached, or is not asked because its breaker is open: surely nothing happened."""
+
+
+class GatewayNotAsked(GatewayAway):
+    """Its breaker is open, or half open and somebody else is trying it."""
 
 
 class GatewayUnknown(GatewayFailed):

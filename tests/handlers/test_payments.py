@@ -12,7 +12,7 @@ import pytest
 from handlers import orders, payments
 from handlers.checkout import StartPayment, checkout
 from handlers.payments import AnnotatePayment, CapturePayment, ConfirmPayment, Nothing, VerifyPayment
-from handlers.ports import Created
+from handlers.ports import Created, GatewayNotAsked
 from handlers.settlement import read_row, view
 from models.errors import Refused
 from models.order import Order
@@ -254,6 +254,21 @@ async def test_refused_and_not_reached_fail_and_the_next_is_another_one(counter:
     assert (await counter.start(order)).status == "pending"
     kinds = [row["type"] for row in await counter.desk.fetch("select type from lifecycle_events order by id")]
     assert kinds.count("payment.failed") == 6
+
+
+async def test_who_comes_while_another_one_tries_the_gateway_fails_nothing(counter: Counter) -> None:
+    """Both have seen a half-open breaker; it lets one of them through."""
+    order = await counter.order()
+    counter.razorpay.fails = [GatewayNotAsked(Provider.RAZORPAY, "breaker_open", "left alone")]
+    refusal = await counter.refused_start(order)
+    assert (refusal.code, refusal.status) == ("unavailable", 503)
+    (row,) = await counter.desk.fetch("select id, status from payments")
+    assert row["status"] == "pending"
+    again = await counter.start(order, status=200)
+    assert (again.id, again.status) == (str(row["id"]), "pending")
+    assert again.gateway_order_id is not None
+    kinds = [row["type"] for row in await counter.desk.fetch("select type from lifecycle_events")]
+    assert "payment.failed" not in kinds
 
 
 async def test_an_unknown_creation_is_open_and_asking_again_repeats_it(counter: Counter) -> None:

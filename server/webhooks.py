@@ -80,7 +80,7 @@ class WebhookDoor:
         return web.Response(body=b"{}", content_type="application/json")
 
     def _tell_unsigned(self, provider: Provider) -> None:
-        """A secret that is not the gateway's stops every webhook, so somebody must hear of it; once a minute will do."""
+        """A secret that is not the gateway's stops every webhook, so somebody must hear of it; a minute apart."""
         now = time.monotonic()
         if now - self._told_at.get(provider, -TELL_UNSIGNED_S) >= TELL_UNSIGNED_S:
             self._told_at[provider] = now

@@ -18,7 +18,7 @@ from tests.handlers.money import TERMS, check_books, news
 from tests.handlers.paying import Counter, away
 
 R = Report
-PATIENCE = Patience(first_s=15, longest_s=3600, between=lambda low, high: high)
+PATIENCE = Patience(first_s=15, longest_s=3600, between=lambda low, high: high, pending_s=2700)
 
 
 @pytest.fixture

@@ -254,7 +254,7 @@ async def test_lines_and_delivery_that_two_captures_share_follow_the_money(count
     for attempt in ("pay_first", "pay_second"):
         await counter.capture(name, 10_000, attempt=attempt)
     payment_id = str((await counter.till.payment(name))["id"])
-    asked = {"lines": [{"lineId": "1", "quantity": 1}], "includeDelivery": True}
+    asked: dict[str, Any] = {"lines": [{"lineId": "1", "quantity": 1}], "includeDelivery": True}
     assert (await counter.refund(payment_id, **asked))[0] == 201
     made = await counter.shop.fetch(
         "select r.amount, r.delivery, l.quantity, l.amount as line from refunds r "

@@ -258,7 +258,7 @@ async def test_lines_and_delivery_that_two_captures_share_follow_the_money(count
     assert (await counter.refund(payment_id, **asked))[0] == 201
     made = await counter.shop.fetch(
         "select r.amount, r.delivery, l.quantity, l.amount as line from refunds r "
-        "join refund_lines l on l.refund_id = r.id order by r.id"
+        "join refund_lines l on l.refund_id = r.id order by l.quantity desc"
     )
     assert [tuple(row) for row in made] == [(10_000, 0, 1, 10_000), (5600, 3000, 0, 2600)]
 

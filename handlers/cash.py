@@ -9,11 +9,12 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from handlers import audit
+from handlers.book import Book, Terms, open_order, stop_payments
+from handlers.book_rows import PaymentRow, view
 from handlers.checkout import withdraw_intents
 from handlers.context import Row, Tx
 from handlers.orders import order_uuid
 from handlers.payments import CLOSED, AskedAmount, CurrencyCode, Desk
-from handlers.settlement import Book, PaymentRow, Terms, open_order, stop_payments, view
 from models.base import Id, LongText, Strict, Time, UuidText, View, rfc3339
 from models.cash import Taken, Units, take
 from models.errors import CurrencyMismatch, Forbidden, NotFound, OrderClosed

@@ -15,6 +15,8 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from handlers.book import open_book, open_order
+from handlers.book_rows import OrderMoney, PaymentRow, read_row, view
 from handlers.context import Tx
 from handlers.jobs import enqueue
 from handlers.orders import SEEN, order_uuid
@@ -43,8 +45,16 @@ from handlers.payments import (
     settle_all,
     source_of,
 )
-from handlers.ports import Done, GatewayAway, GatewayFailed, GatewayRefused, Gateways, GatewayUnknown, Once
-from handlers.settlement import OrderMoney, PaymentRow, open_book, open_order, read_row, view
+from handlers.ports import (
+    Done,
+    GatewayAway,
+    GatewayFailed,
+    GatewayNotAsked,
+    GatewayRefused,
+    Gateways,
+    GatewayUnknown,
+    Once,
+)
 from models.base import Strict, View
 from models.errors import (
     AmountMismatch,
@@ -302,9 +312,11 @@ async def _create(desk: Desk, actor: Actor, found: _Found) -> Done:
     gateway = gateway_of(desk.gateways, row.provider)
     try:
         created = await gateway.create(new_payment(row))
+    except GatewayNotAsked as error:
+        raise as_refusal(error) from error  # it stays open: whoever starts again carries it on
     except (GatewayRefused, GatewayAway) as error:
         # of an earlier attempt it may be known to the gateway all the same: then only its own word ends it
-        if found.is_new or (isinstance(error, GatewayRefused) and not error.failure.retryable):
+        if found.is_new or (isinstance(error, GatewayRefused) and not error.may_pass):
             await creation_failed(desk, row, error)
         raise as_refusal(error) from error
     except GatewayUnknown as error:

@@ -16,10 +16,11 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy import Text, literal_column, select, tuple_
 
+from handlers.book import stop_payments
 from handlers.context import Row, Tx
 from handlers.cursors import decode_cursor, encode_cursor, instant
 from handlers.ports import Closing
-from handlers.settlement import return_money, stop_payments
+from handlers.settlement import return_money
 from models.address import Address, Billing, Contact
 from models.base import Id, Later, LongText, Reason, Reference, ShortText, Strict, View, rfc3339
 from models.errors import Conflict, Invalid, NotFound, PaymentInProgress
@@ -27,6 +28,7 @@ from models.event import Event, Type, event
 from models.money import EXPONENTS
 from models.order import (
     FINAL,
+    HOLD_MAX_S,
     PAYMENT_EXPIRY_S,
     Agent,
     AskedItem,
@@ -600,17 +602,30 @@ with changed as (
 )
 select o.*, {LINES} from changed o"""
 
+PLACED = "select created_at from orders where id = $1"
+
+ONLINE_LEAST_S = 60
+"""How long an order that becomes `online` waits for somebody to pay, however long ago it was placed. Starting a payment
+holds it longer."""
+
 MOVING_PAYMENT = """
 select id from payments where order_id = $1 and status in ('processing', 'authorized', 'unknown')
 order by status_at desc, id limit 1"""
 
 
 async def change_payment_method(
-    tx: Tx, actor: Actor, order_id: str, cmd: ChangePaymentMethod, *, expiry_s: int = PAYMENT_EXPIRY_S
+    tx: Tx,
+    actor: Actor,
+    order_id: str,
+    cmd: ChangePaymentMethod,
+    *,
+    expiry_s: int = PAYMENT_EXPIRY_S,
+    hold_max_s: int = HOLD_MAX_S,
 ) -> Order | TrackedOrder:
     """Let the order be paid in another way: by its customer until it is confirmed, by the back office until something
-    was paid. A pending order that becomes `online` is cancelled after `expiry_s` seconds unless it is being paid; one
-    that is no longer `online` is not. The same again changes nothing.
+    was paid. A pending order that becomes `online` is cancelled after `expiry_s` seconds unless it is being paid, and
+    `hold_max_s` after placing at the latest, but never within `ONLINE_LEAST_S`; one that is no longer `online` is not.
+    The same again changes nothing.
 
     Raises:
         NotFound, Forbidden, OrderClosed, Invalid; PaymentInProgress: somebody is paying it now.
@@ -619,7 +634,10 @@ async def change_payment_method(
     if actor.tracks_only:
         require_role(actor, (), "change how an order is paid with a tracking link")
     seen, now, method = sight(actor, order_id), tx.now(), cmd.payment_method
-    expires_at = now + dt.timedelta(seconds=expiry_s) if method is PaymentMethod.ONLINE else None
+    expires_at = None
+    if method is PaymentMethod.ONLINE and (placed := await tx.one(PLACED, order_uuid(order_id))) is not None:
+        full, latest = now + dt.timedelta(seconds=expiry_s), placed["created_at"] + dt.timedelta(seconds=hold_max_s)
+        expires_at = max(min(full, latest), now + dt.timedelta(seconds=min(expiry_s, ONLINE_LEAST_S)))
     told = f',"expiresAt":"{rfc3339(expires_at)}"' if expires_at is not None else ""
 
     def check(order: Order) -> Order | None:

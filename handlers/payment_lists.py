@@ -12,11 +12,11 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy import Text, select, tuple_
 
+from handlers.book_rows import read_row, view
 from handlers.context import Tx
 from handlers.cursors import decode_cursor, encode_cursor, instant
 from handlers.orders import EXPORT_PAGE, Instant
 from handlers.payments import PAYERS, payment_uuid, permit_all, require
-from handlers.settlement import read_row, view
 from models.base import Id, ShortText, Strict, Time, View, rfc3339
 from models.errors import Invalid
 from models.order import require_role

@@ -16,6 +16,8 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from handlers import audit
+from handlers.book import Book, House, UnknownPayment, open_book
+from handlers.book_rows import OrderMoney, PaymentRow, read_row, view
 from handlers.context import Tx
 from handlers.jobs import enqueue
 from handlers.ports import (
@@ -25,6 +27,7 @@ from handlers.ports import (
     Gateway,
     GatewayAway,
     GatewayFailed,
+    GatewayNotAsked,
     GatewayRefused,
     Gateways,
     GatewayUnknown,
@@ -33,17 +36,7 @@ from handlers.ports import (
     Once,
     Transactions,
 )
-from handlers.settlement import (
-    Book,
-    House,
-    OrderMoney,
-    PaymentRow,
-    UnknownPayment,
-    open_book,
-    read_row,
-    settle,
-    view,
-)
+from handlers.settlement import settle
 from models.base import LongText, Strict, Words
 from models.errors import (
     AlreadyPaid,
@@ -240,13 +233,19 @@ def gateway_of(gateways: Gateways, provider: Provider) -> Gateway:
     if gateway is None:
         raise Unavailable(f"Payments by {provider.capitalize()} are not set up here.")
     if not gateway.offered:
-        raise Unavailable(
-            f"Payments by {provider.capitalize()} are not available now; try again, or pay in another way."
-        )
+        raise _not_offered(provider)
     return gateway
 
 
-def as_refusal(error: GatewayFailed) -> GatewayError:
+def _not_offered(provider: Provider) -> Unavailable:
+    name = provider.capitalize()
+    return Unavailable(f"Payments by {name} are not available now; try again, or pay in another way.")
+
+
+def as_refusal(error: GatewayFailed) -> GatewayError | Unavailable:
+    """What the caller hears. The breaker may have opened since `gateway_of` looked: that is the same refusal."""
+    if isinstance(error, GatewayNotAsked):
+        return _not_offered(error.provider)
     if isinstance(error, GatewayRefused):
         return GatewayError(f"{error.provider.capitalize()} refused: {error.message} ({error.code})")
     return GatewayError(f"{error.provider.capitalize()} was not reached; nothing has happened.")

@@ -85,6 +85,11 @@ class GatewayFailed(Exception):
         self.provider, self.code, self.message = provider, code, message
 
 
+PASSING = frozenset({401, 403, 409, 429})
+"""HTTP statuses that say nothing of the payment: our key was refused (401, 403), the same request is still being
+carried out (409), or we asked too often (429)."""
+
+
 class GatewayRefused(GatewayFailed):
     """The gateway said no: surely nothing happened. `code` and `message` are its own words; `status` is its HTTP status
     (400, 401, 402, 404, 409, 429 …)."""
@@ -101,13 +106,22 @@ class GatewayRefused(GatewayFailed):
     ) -> None:
         super().__init__(provider, code, message)
         self.status = status
-        self.failure = Failure(code=code, message=message, retryable=retryable)
+        self.failure = Failure(code=code, message=message, retryable=retryable or status in PASSING)
         self.news = news
         """What the refusal says of the payment, if it does (a declined card)."""
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same request may be accepted later, so that this refusal decides nothing."""
+        return self.failure.retryable
 
 
 class GatewayAway(GatewayFailed):
     """The gateway was not reached, or is not asked because its breaker is open: surely nothing happened."""
+
+
+class GatewayNotAsked(GatewayAway):
+    """Its breaker is open, or half open and somebody else is trying it."""
 
 
 class GatewayUnknown(GatewayFailed):

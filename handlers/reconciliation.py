@@ -16,6 +16,8 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from handlers.book import open_book, open_order
+from handlers.book_rows import PaymentRow, read_row
 from handlers.context import Row, Tx
 from handlers.jobs import GiveUp, NotYet, enqueue
 from handlers.payments import (
@@ -30,7 +32,7 @@ from handlers.payments import (
     settle_all,
 )
 from handlers.ports import Gateway, GatewayAway, GatewayFailed, GatewayRefused, GatewayUnknown, Movement
-from handlers.settlement import PaymentRow, expire_order, open_book, open_order, read_row
+from handlers.settlement import expire_order
 from models.base import Strict, rfc3339
 from models.errors import Forbidden, GatewayError, Invalid, NotFound
 from models.order import Status, require_role
@@ -132,13 +134,13 @@ async def reconcile(desk: Desk, payment_id: str, patience: Patience) -> None:
     """Ask the gateway what became of a payment. The job `reconcile`.
 
     Raises:
-        NotYet: it is still moving, or the gateway does not answer. GiveUp: there is no such payment.
+        NotYet: it is still moving, or the gateway does not answer, or not now. GiveUp: there is no such payment.
     """
     row, now = await _read(desk, payment_id)
     try:
         row = await ask(desk, row)
     except GatewayRefused as refused:
-        if not refused.failure.retryable:
+        if not refused.may_pass:
             raise
         raise NotYet(pause_s(_age_s(row, now), patience)) from refused
     except (GatewayAway, GatewayUnknown) as error:
@@ -152,7 +154,7 @@ async def cancel_payment(desk: Desk, payment_id: str, patience: Patience) -> Non
     """Let nobody pay a payment any more that was superseded, or whose order is closed. The job `cancel_payment`.
 
     Raises:
-        NotYet: the gateway does not answer. GiveUp: there is no such payment.
+        NotYet: the gateway does not answer, or not now. GiveUp: there is no such payment.
     """
     row, now = await _read(desk, payment_id)
     try:
@@ -162,9 +164,16 @@ async def cancel_payment(desk: Desk, payment_id: str, patience: Patience) -> Non
             return
         try:
             news = await gateway.cancel(known(row))
-        except GatewayRefused:  # it is too late for that; what it has become says the gateway
+        except GatewayRefused as refused:
+            if refused.may_pass:
+                raise
+            # it is too late for that; what it has become says the gateway
             news = await gateway.fetch(known(row))
         await settle_all(desk, payment_id, news, Source.SYSTEM, None)
+    except GatewayRefused as refused:
+        if not refused.may_pass:
+            raise
+        raise NotYet(pause_s(_age_s(row, now), patience)) from refused
     except (GatewayAway, GatewayUnknown) as error:
         raise NotYet(pause_s(_age_s(row, now), patience)) from error
 
@@ -192,7 +201,7 @@ async def _created(desk: Desk, gateway: Gateway, row: PaymentRow) -> PaymentRow:
     try:
         created = await gateway.create(new_payment(row))
     except GatewayRefused as refused:
-        if refused.failure.retryable:
+        if refused.may_pass:
             raise
         await creation_failed(desk, row, refused)
         return row
@@ -407,7 +416,7 @@ async def _theirs_of(desk: Desk, gateway: Gateway, ours: _Capture) -> Booked | N
     try:
         news = await gateway.fetch(known(row))
     except GatewayRefused as refused:
-        if refused.failure.retryable:
+        if refused.may_pass:
             raise
         return None  # it does not know such a payment
     for one in news:

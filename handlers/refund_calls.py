@@ -148,7 +148,7 @@ async def _news(gateway: Gateway, asking: Asking) -> RefundNews | None:
     try:
         told = await gateway.refund(new)
     except GatewayRefused as error:
-        if _may_pass(error):
+        if error.may_pass:
             log.warning("refund_open", refund_id=new.refund_id, error=str(error))
             return None
         log.warning("refund_refused", refund_id=new.refund_id, error=str(error))
@@ -162,12 +162,6 @@ async def _news(gateway: Gateway, asking: Asking) -> RefundNews | None:
     if told.gateway_refund_id in asking.earlier:  # it shows the attempt that failed instead of a new one
         return _said(new, RefundReport.FAILED, told.failure)
     return told
-
-
-def _may_pass(error: GatewayRefused) -> bool:
-    """Whether the same request may be accepted later: our key was refused (401, 403), we asked too often (429), or the
-    same request is still being carried out (409)."""
-    return error.failure.retryable or error.status in (401, 403, 409, 429)
 
 
 def _said(new: NewRefund, report: RefundReport, failure: Failure | None = None) -> RefundNews:

@@ -16,12 +16,13 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from handlers import audit, orders
+from handlers.book import open_book, open_refund
+from handlers.book_rows import REFUND_ANEW
 from handlers.context import Row, Tx
 from handlers.jobs import enqueue
 from handlers.ports import Done, Once
 from handlers.refund_calls import Desk, Terms, ask
 from handlers.refund_lists import FOUND, OWNER_OF_ORDER, OWNER_OF_PAYMENT, OWNER_OF_REFUND, as_uuid, owner, view
-from handlers.settlement import REFUND_ANEW, open_book, open_refund
 from models.base import Id, Later, Quantity, Reason, ShortText, Strict
 from models.errors import (
     ApprovalRequired,
@@ -316,7 +317,7 @@ async def _reserve(
         cmd.reason,
         channel=Channel.MANUAL if by_hand else Channel.ORIGINAL,
         requested_by=actor.who,
-        lines=[(int(line.line_id), line.quantity, line.amount) for line in lines],
+        lines=lines,
         delivery=0 if cmd.lines is UNSET and not cmd.include_delivery else amount - sum(line.amount for line in lines),
         after_s=terms.refund_ask_after_s,
     )

@@ -16,10 +16,11 @@ from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy import literal_column, select, tuple_
 
 from handlers import audit
+from handlers.book import House, UnknownPayment
 from handlers.context import Row, Tx
 from handlers.cursors import decode_cursor, encode_cursor
 from handlers.ports import Delivery, GatewayFailed, Gateways
-from handlers.settlement import House, UnknownPayment, settle
+from handlers.settlement import settle
 from models.base import Reason, Strict, Time, UuidText, View, rfc3339
 from models.errors import Conflict, Forbidden, NotFound, NotRefundable, Refused, Unavailable
 from models.inbox import WebhookStatus, webhooks

@@ -188,6 +188,9 @@ def sources(actor: Actor, target: Status) -> list[str]:
 PAYMENT_EXPIRY_S = 900
 """How long an online order waits for somebody to pay, unless the setting of this name says otherwise."""
 
+HOLD_MAX_S = 2700
+"""How long after placing it does so at most, unless the setting of this name says otherwise."""
+
 
 class AskedItem(Strict):
     """A line as it is asked for: of a product (`sku`), or free (`name` and `unitPrice`, minor units before tax)."""

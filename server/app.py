@@ -15,8 +15,8 @@ import structlog
 from aiohttp import web
 
 from handlers import refund_calls
+from handlers.book import House
 from handlers.payments import Desk
-from handlers.settlement import House
 from models.errors import Forbidden, Unavailable
 from server import docs, metrics, migrate
 from server.auth import Authenticator

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from handlers import refund_calls
+from handlers.book import Terms
 from handlers.context import Tx
-from handlers.settlement import Terms
 from server.settings import Settings
 
 

@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from models.cash import read_units
 from models.money import MINOR_UNITS_MAX
-from models.order import PAYMENT_EXPIRY_S
+from models.order import HOLD_MAX_S, PAYMENT_EXPIRY_S
 from models.period import is_time_zone
 
 DEFAULT_JWT_SECRET = "waybill-development-secret-never-use-in-production"
@@ -248,7 +248,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 600
     hold_max_s: Annotated[
         Seconds, Meta(description="while money is moving an order is held until this long after placing")
-    ] = 2700
+    ] = HOLD_MAX_S
     revive_window_s: Annotated[
         Seconds, Meta(description="late money revives an order that expired no longer ago; else it goes back")
     ] = 24 * 3600

@@ -26,7 +26,8 @@ class OrderVerbs:
     def __init__(self, settings: Settings) -> None:
         self.place = Verb("place", partial(orders.place, expiry_s=settings.payment_expiry_s), status=201)
         self.change_payment_method = Verb(
-            "change_payment_method", partial(orders.change_payment_method, expiry_s=settings.payment_expiry_s)
+            "change_payment_method",
+            partial(orders.change_payment_method, expiry_s=settings.payment_expiry_s, hold_max_s=settings.hold_max_s),
         )
 
 

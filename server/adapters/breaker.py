@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import structlog
 
-from handlers.ports import GatewayAway, GatewayRefused, GatewayUnknown
+from handlers.ports import GatewayAway, GatewayNotAsked, GatewayRefused, GatewayUnknown
 from models.payment import Provider
 from server import metrics
 
@@ -46,11 +46,11 @@ class Breaker:
         """Around one call. `operation`: its name in the metrics.
 
         Raises:
-            GatewayAway: the breaker is open. Whatever the call raises goes on.
+            GatewayNotAsked: the breaker is open. Whatever the call raises goes on.
         """
         if not self.offered:
             metrics.gateway_calls.labels(self._provider, operation, "not_asked").inc()
-            raise GatewayAway(self._provider, "breaker_open", "the gateway did not answer lately and is left alone")
+            raise GatewayNotAsked(self._provider, "breaker_open", "the gateway did not answer lately and is left alone")
         probe = self._probing = self._opened_at is not None
         began = self._clock()
         outcome = "bug"

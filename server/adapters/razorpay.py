@@ -282,8 +282,8 @@ def _items(type_: type[T], answer: object) -> list[T]:
 
 
 def _payments(client: Client, order_id: str) -> list[Payment]:
-    """Every attempt to pay an order."""
-    return _items(Payment, client.order.payments(order_id, {}))
+    """The attempts to pay an order, the newest hundred; a list has ten unless more are asked for."""
+    return _items(Payment, client.order.payments(order_id, {"count": PAGE}))
 
 
 def _refunds(client: Client, payment_id: str) -> list[Refund]:

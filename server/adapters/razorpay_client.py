@@ -22,6 +22,7 @@ import urllib3
 
 from handlers.ports import GatewayAway, GatewayFailed, GatewayRefused, GatewayUnknown
 from models.payment import Provider
+from server.adapters.bounds import words
 from server.adapters.breaker import Breaker
 
 ANSWER_MAX_BYTES = 4 * 1024 * 1024
@@ -106,7 +107,8 @@ def _judged(status: int, body: bytes) -> dict[str, Any]:
         error = msgspec.json.decode(body, type=_ErrorBody).error
     except (msgspec.MsgspecError, RecursionError) as wrong:
         raise GatewayUnknown(Provider.RAZORPAY, f"http_{status}", "the answer makes no sense") from wrong
-    raise GatewayRefused(Provider.RAZORPAY, status, error.code or f"http_{status}", error.description or "refused")
+    code, message = words(error.code) or f"http_{status}", words(error.description) or "refused"
+    raise GatewayRefused(Provider.RAZORPAY, status, code, message)
 
 
 class Threads:

@@ -17,8 +17,8 @@ from msgspec import Meta
 
 from handlers.ports import Delivery
 from models.errors import Malformed
-from models.money import MINOR_UNITS_MAX
 from models.payment import DisputeNews, DisputeReport, Failure, News, Provider, RefundNews, RefundReport, Report
+from server.adapters.bounds import Currency, Minor, words
 
 REFUND_NOTE = "refund_id"
 """Under this note a refund carries our id."""
@@ -26,14 +26,9 @@ REFUND_NOTE = "refund_id"
 
 UUID_CHARS = 36
 
-WORDS_CHARS_MAX = 500
-"""Longest text of theirs that we keep."""
-
 # What is stored is bounded here, so that no body of theirs can break a statement of ours.
 REF = re.compile(r"(?:order|pay|rfnd)_[A-Za-z0-9_]{1,58}")
 Id = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_]{1,64}\Z")]
-Minor = Annotated[int, Meta(ge=0, le=MINOR_UNITS_MAX)]
-Currency = Annotated[str, Meta(pattern=r"\A[A-Za-z]{3}\Z")]
 Kind = Annotated[str, Meta(pattern=r"\A[a-z0-9_.]{1,100}\Z")]
 Unix = Annotated[int, Meta(ge=0, le=253_402_300_799)]
 """Seconds; the last one of the year 9999, the last that Python knows."""
@@ -161,7 +156,7 @@ def of_payment(payment: Payment, *, fresh: bool = False, refunds: Iterable[Refun
         report=report,
         amount=payment.amount,
         currency=payment.currency.upper(),
-        method=_words(payment.method) or None,
+        method=words(payment.method) or None,
         fee=payment.fee if report is Report.CAPTURED else None,
         failure=_failure(payment) if report is Report.FAILED else None,
         refunds=tuple(refunds) if report is Report.CAPTURED else (),
@@ -209,17 +204,12 @@ def of_refund(refund: Refund) -> RefundNews:
 
 def _failure(payment: Payment) -> Failure:
     """Why. The order can be paid all the same, so another attempt may always help."""
-    words = [word for word in (payment.error_reason, payment.error_code) if word and word != "NA"]
+    reasons = [word for word in (payment.error_reason, payment.error_code) if word and word != "NA"]
     return Failure(
-        code=_words(words[0] if words else None) or "payment_failed",
-        message=_words(payment.error_description) or "The payment failed.",
+        code=words(reasons[0] if reasons else None) or "payment_failed",
+        message=words(payment.error_description) or "The payment failed.",
         retryable=True,
     )
-
-
-def _words(text: str | None) -> str:
-    """Text of theirs as we may store it: bounded, and without the one character that Postgres refuses."""
-    return (text or "").replace("\0", "")[:WORDS_CHARS_MAX]
 
 
 def delivery_of(body: bytes, event_id: str | None) -> Delivery:

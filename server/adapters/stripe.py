@@ -36,10 +36,12 @@ from handlers.ports import (
 from models.errors import Invalid
 from models.payment import Capture, DisputeNews, News, Provider, RefundNews, Report
 from server.adapters import stripe_money
+from server.adapters.bounds import Currency, Minor, words
 from server.adapters.breaker import Breaker
 from server.adapters.stripe_news import (
     Charge,
     Dispute,
+    Id,
     Intent,
     Refund,
     news_of_dispute,
@@ -385,8 +387,8 @@ class Stripe:
         if said is None:
             return GatewayUnknown(self.provider, "unreadable", f"HTTP {status} without an error of Stripe's")
         fault = said.to_dict()
-        code = str(fault.get("code") or fault.get("type") or f"http_{status}")
-        message = str(fault.get("message") or "")
+        code = words(str(fault.get("code") or fault.get("type") or f"http_{status}"))
+        message = words(str(fault.get("message") or ""))
         if status == 409 or status >= 500:
             return GatewayUnknown(self.provider, code, message)
         intent = fault.get("payment_intent")
@@ -394,7 +396,7 @@ class Stripe:
         return GatewayRefused(
             self.provider,
             status,
-            str(decline) if decline else code,
+            words(str(decline)) if decline else code,
             message,
             retryable=status == 402 and fault.get("advice_code") != "do_not_try_again",
             news=news_of_intent(self._convert(intent, Intent), fresh=True) if isinstance(intent, dict) else None,
@@ -424,11 +426,11 @@ class _Page(msgspec.Struct, frozen=True):
 class _Taken(msgspec.Struct, frozen=True):
     """A charge, as the source of an entry of the balance."""
 
-    id: str
-    currency: str = ""
-    amount_captured: int = 0
+    id: Id
+    currency: Currency = ""
+    amount_captured: Minor = 0
     captured: bool = False
-    payment_intent: str | None = None
+    payment_intent: Id | None = None
 
 
 class _Entry(msgspec.Struct, frozen=True):

@@ -6,10 +6,12 @@ Objects come in several ages of its API: a webhook has the version of the accoun
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
+from models.money import MINOR_UNITS_MAX
 from models.payment import (
     DisputeNews,
     DisputeReport,
@@ -20,13 +22,19 @@ from models.payment import (
     RefundReport,
     Report,
 )
+from server.adapters.bounds import Currency, Minor, words
 from server.adapters.stripe_money import from_stripe
+
+# What is stored is bounded here, as of any gateway (bounds.py). Stripe promises ids of at most 255 characters.
+Id = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_]{1,255}\Z")]
+Fee = Annotated[int, Meta(ge=-MINOR_UNITS_MAX, le=MINOR_UNITS_MAX)]
+"""Negative when it is given back."""
 
 
 class Named(msgspec.Struct, frozen=True):
     """Any object that was expanded where an id would do."""
 
-    id: str
+    id: Id
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -37,13 +45,13 @@ class Fault(msgspec.Struct, frozen=True):
     decline_code: str | None = None
     advice_code: str | None = None
     message: str | None = None
-    charge: str | None = None
+    charge: Id | None = None
 
 
 class BalanceTransaction(msgspec.Struct, frozen=True):
-    id: str
-    fee: int = 0
-    currency: str = ""
+    id: Id
+    fee: Fee = 0
+    currency: Currency = ""
 
 
 class MethodDetails(msgspec.Struct, frozen=True):
@@ -51,15 +59,15 @@ class MethodDetails(msgspec.Struct, frozen=True):
 
 
 class Refund(msgspec.Struct, frozen=True):
-    id: str
-    amount: int
-    currency: str
+    id: Id
+    amount: Minor
+    currency: Currency
     status: str | None = None
-    charge: str | Named | None = None
-    payment_intent: str | Named | None = None
+    charge: Id | Named | None = None
+    payment_intent: Id | Named | None = None
     metadata: dict[str, str] | None = None
     failure_reason: str | None = None
-    balance_transaction: str | Named | None = None
+    balance_transaction: Id | Named | None = None
 
     @property
     def releases(self) -> bool:
@@ -70,7 +78,7 @@ class Refund(msgspec.Struct, frozen=True):
     @property
     def ours(self) -> str | None:
         """Our id of it."""
-        return (self.metadata or {}).get("refund_id")
+        return words((self.metadata or {}).get("refund_id")) or None
 
 
 class RefundList(msgspec.Struct, frozen=True):
@@ -79,10 +87,10 @@ class RefundList(msgspec.Struct, frozen=True):
 
 
 class Charge(msgspec.Struct, frozen=True):
-    id: str
-    payment_intent: str | Named | None = None
+    id: Id
+    payment_intent: Id | Named | None = None
     payment_method_details: MethodDetails | None = None
-    balance_transaction: str | BalanceTransaction | None = None
+    balance_transaction: Id | BalanceTransaction | None = None
     refunds: RefundList | None = None
     disputed: bool = False
 
@@ -101,26 +109,26 @@ class NextAction(msgspec.Struct, frozen=True):
 
 
 class Intent(msgspec.Struct, frozen=True):
-    id: str
-    amount: int
-    currency: str
+    id: Id
+    amount: Minor
+    currency: Currency
     status: str
-    amount_received: int = 0
-    amount_capturable: int = 0
+    amount_received: Minor = 0
+    amount_capturable: Minor = 0
     client_secret: str | None = None
     last_payment_error: Fault | None = None
-    latest_charge: str | Charge | None = None
+    latest_charge: Id | Charge | None = None
     charges: ChargeList | None = None
     next_action: NextAction | None = None
 
 
 class Dispute(msgspec.Struct, frozen=True):
-    id: str
-    amount: int
-    currency: str
+    id: Id
+    amount: Minor
+    currency: Currency
     status: str
-    charge: str | Named | None = None
-    payment_intent: str | Named | None = None
+    charge: Id | Named | None = None
+    payment_intent: Id | Named | None = None
 
 
 _WITHOUT_ERROR = {
@@ -155,8 +163,8 @@ def id_of(thing: str | Named | Charge | None) -> str | None:
 def failure_of(fault: Fault) -> Failure:
     """Why the payer's bank said no. Stripe lets any refused card be tried again unless it advises not to."""
     return Failure(
-        code=fault.decline_code or fault.code or fault.type or "unknown",
-        message=fault.message or "",
+        code=words(fault.decline_code or fault.code or fault.type) or "unknown",
+        message=words(fault.message),
         retryable=fault.advice_code != "do_not_try_again",
     )
 
@@ -167,7 +175,7 @@ def news_of_refund(refund: Refund) -> RefundNews:
     report = _REFUNDS.get(refund.status or "", RefundReport.PROCESSING)
     failure = None
     if report is RefundReport.FAILED:
-        code = refund.failure_reason or refund.status or "unknown"
+        code = words(refund.failure_reason or refund.status) or "unknown"
         failure = Failure(code=code, message=f"the refund {refund.status}", retryable=code in _PASSING_REFUND_FAILURES)
     return RefundNews(
         gateway_refund_id=refund.id,
@@ -217,7 +225,7 @@ def news_of_intent(intent: Intent, *, fresh: bool, disputes: tuple[DisputeNews, 
         report=report,
         amount=from_stripe(amount, currency),
         currency=currency,
-        method=details.type if details is not None else None,
+        method=(words(details.type) or None) if details is not None else None,
         fee=_fee_of(expanded, currency) if report is Report.CAPTURED else None,
         failure=failure_of(error) if error is not None else None,
         refunds=_refunds_of(expanded) if expanded is not None else (),

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import structlog
 
 from handlers import webhooks
+from handlers.book import House
 from handlers.ports import Gateways
-from handlers.settlement import House
 from handlers.webhooks import Patience, Taken
 from models.errors import Unavailable
 from server import metrics

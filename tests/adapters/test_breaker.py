@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from handlers.ports import GatewayAway, GatewayFailed, GatewayRefused, GatewayUnknown
+from handlers.ports import GatewayAway, GatewayFailed, GatewayNotAsked, GatewayRefused, GatewayUnknown
 from models.payment import Provider
 from server import metrics
 from server.adapters.breaker import Breaker
@@ -88,7 +88,7 @@ def test_one_probe_is_let_through_and_closes_it() -> None:
     seen = [bench.offered]
     with bench.breaker.call("fetch"):
         seen.append(bench.offered)
-        with pytest.raises(GatewayAway), bench.breaker.call("fetch"):
+        with pytest.raises(GatewayNotAsked), bench.breaker.call("fetch"):
             pytest.fail("a second probe was let through")
     assert [*seen, bench.offered] == [True, False, True]
     assert bench.shown_open == 0

@@ -476,3 +476,13 @@ async def test_without_a_simulator_the_checkout_has_no_page() -> None:
         "prefill": {"name": "Asha"},
     }
     await gateway.close()
+
+
+async def test_an_attempt_is_found_behind_many_later_ones(world: RazorpayWorld) -> None:
+    known = await started(world)
+    first = world.sandbox.begin(known.gateway_order_id)
+    for _ in range(12):
+        world.sandbox.fail(known.gateway_order_id)
+    world.sandbox.finish(first.id)
+    (news,) = await world.gateway.fetch(known)
+    assert (news.report, news.gateway_payment_id) == (Report.CAPTURED, first.id)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from handlers.ports import GatewayUnknown
 from models.errors import BadSignature
 from models.payment import DisputeReport, News, RefundReport, Report
+from server.adapters.bounds import WORDS_CHARS_MAX
 from server.adapters.stripe import Stripe
 from server.adapters.stripe_webhooks import envelope_of, verified
 from tests.adapters.stripe_world import NEW_SECRET, OLD_SECRET, TOLERANCE_S, gateway_at
@@ -194,6 +195,37 @@ def test_a_recorded_intent(gateway: Stripe, name: str, report: Report) -> None:
 @pytest.mark.parametrize("name", sorted(SILENT))
 def test_a_recorded_body_that_says_nothing_new(gateway: Stripe, name: str) -> None:
     assert told(gateway, fixture(name)) == []
+
+
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        ("id", "pi_\0"),
+        ("id", "pi_" + "x" * 300),
+        ("id", "pi_1/cancel"),
+        ("currency", "in\0"),
+        ("currency", "rupee"),
+        ("amount", -1),
+        ("amount_received", 2**63),
+        ("latest_charge", "ch_\0"),
+        ("latest_charge", {"id": "ch_\0"}),
+    ],
+)
+def test_an_intent_that_could_not_be_stored_is_unreadable(gateway: Stripe, member: str, value: object) -> None:
+    held = json.loads(fixture("cli-payment_intent.succeeded"))["data"]["object"] | {member: value}
+    with pytest.raises(GatewayUnknown):
+        gateway.read("payment_intent.succeeded", envelope("payment_intent.succeeded", held))
+
+
+def test_texts_are_kept_as_far_as_they_can_be_stored(gateway: Stripe) -> None:
+    long = "a\0" + "b" * 10_000
+    held = json.loads(fixture("cli-payment_intent.payment_failed"))["data"]["object"]
+    held["last_payment_error"] |= {"decline_code": long, "message": long}
+    held["latest_charge"] = {"id": CHARGE, "payment_method_details": {"type": long}}
+    (news,) = gateway.read("payment_intent.payment_failed", envelope("payment_intent.payment_failed", held))
+    assert news.failure
+    for text in (news.failure.code, news.failure.message, news.method):
+        assert text == "a" + "b" * (WORDS_CHARS_MAX - 1)
 
 
 def test_a_recorded_failure_says_why(gateway: Stripe) -> None:

@@ -6,8 +6,10 @@ import datetime as dt
 import uuid
 from typing import Any
 
+from handlers.book import House, Settled, Terms, open_order
+from handlers.book_rows import PaymentRow
 from handlers.context import Tx
-from handlers.settlement import House, PaymentRow, Settled, Terms, open_order, settle
+from handlers.settlement import settle
 from models.order import Order
 from models.payment import News, PaymentStatus, Provider, Report, Source
 from tests.books import CHECK

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from handlers import checkout, payments
+from handlers.book_rows import view
 from handlers.context import Told
 from handlers.ports import (
     Confirmed,
@@ -27,7 +28,6 @@ from handlers.ports import (
     NewPayment,
     NewRefund,
 )
-from handlers.settlement import view
 from models.errors import AmountTooSmall, Refused
 from models.order import Order
 from models.payment import News, Payment, Provider, RefundNews, Report

@@ -13,9 +13,10 @@ import msgspec
 import pytest
 
 from handlers import cash, orders, payments
+from handlers.book import open_book
 from handlers.context import Tx
 from handlers.ports import Gateway, GatewayFailed, GatewayUnknown, Known
-from handlers.settlement import open_book, tell_refund
+from handlers.settlement import tell_refund
 from models.errors import (
     AlreadyPaid,
     AmountMismatch,

@@ -10,8 +10,10 @@ import uuid
 import pytest
 
 from handlers import orders
+from handlers.book import House, Terms, open_order
+from handlers.book_rows import PaymentRow
 from handlers.context import Tx
-from handlers.settlement import House, PaymentRow, Terms, open_order, settle
+from handlers.settlement import settle
 from models.errors import Refused
 from models.order import Order
 from models.payment import News, PaymentStatus, Provider, Report, Source
@@ -117,14 +119,27 @@ async def test_it_stays_once_something_was_paid(desk: Desk) -> None:
         assert (await refused(desk, by, order, "cash")).code == "order_closed"
 
 
-async def test_an_order_that_becomes_online_has_its_full_time(desk: Desk) -> None:
+@pytest.mark.parametrize(
+    ("after_s", "until"),
+    [
+        (0, "2026-11-21T09:15:00.000Z"),
+        (600, "2026-11-21T09:25:00.000Z"),
+        (2000, "2026-11-21T09:45:00.000Z"),  # the longest hold
+        (3 * 3600, "2026-11-21T12:01:00.000Z"),  # time enough to start a payment
+    ],
+)
+async def test_an_order_that_becomes_online_has_its_time_but_no_more_than_the_longest_hold(
+    desk: Desk, after_s: int, until: str
+) -> None:
     placed = dt.datetime(2026, 11, 21, 9, tzinfo=dt.UTC)
     desk.database.clock = lambda: placed
     order = await desk.place(paymentMethod="later")
-    desk.database.clock = lambda: placed + dt.timedelta(hours=3)
-    async with desk.database.statement() as tx:
-        after = await orders.change_payment_method(tx, STAFF, order.id, to("online"), expiry_s=60)
-    assert after.expires_at == "2026-11-21T12:01:00.000Z"
+    desk.database.clock = lambda: placed + dt.timedelta(seconds=after_s)
+    for method in ("cash", "online", "cash"):
+        await change(desk, STAFF, order, method)
+    after = await change(desk, STAFF, order, "online")
+    assert after.expires_at == until
+    assert (await desk.log(order.id))[-1].data["expiresAt"] == until
 
 
 async def test_of_two_that_change_it_at_once_each_is_told_once(desk: Desk) -> None:

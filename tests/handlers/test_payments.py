@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from handlers import orders, payments
+from handlers.book_rows import read_row, view
 from handlers.checkout import StartPayment, checkout
 from handlers.payments import AnnotatePayment, CapturePayment, ConfirmPayment, Nothing, VerifyPayment
-from handlers.ports import Created
-from handlers.settlement import read_row, view
+from handlers.ports import Created, GatewayNotAsked
 from models.errors import Refused
 from models.order import Order
 from models.payment import Failure, PaymentStatus, Provider, Report
@@ -236,6 +236,7 @@ async def test_refused_and_not_reached_fail_and_the_next_is_another_one(counter:
     order = await counter.order()
     for failure, code, retryable in (
         (refused(Provider.RAZORPAY), "BAD_REQUEST_ERROR", False),
+        *((refused(Provider.RAZORPAY, status), "BAD_REQUEST_ERROR", True) for status in (401, 403, 409, 429)),
         (away(Provider.RAZORPAY), "connect", True),
     ):
         counter.razorpay.fails = [failure]
@@ -249,10 +250,25 @@ async def test_refused_and_not_reached_fail_and_the_next_is_another_one(counter:
         assert failed.gateway_order_id is None
         assert not row["attempted"], "nobody has tried to pay"
         assert code in refusal.detail or failure.message in refusal.detail or "not reached" in refusal.detail
-    assert len({reference for _, reference in counter.razorpay.asked}) == 2
+    assert len({reference for _, reference in counter.razorpay.asked}) == 6
     assert (await counter.start(order)).status == "pending"
     kinds = [row["type"] for row in await counter.desk.fetch("select type from lifecycle_events order by id")]
-    assert kinds.count("payment.failed") == 2
+    assert kinds.count("payment.failed") == 6
+
+
+async def test_who_comes_while_another_one_tries_the_gateway_fails_nothing(counter: Counter) -> None:
+    """Both have seen a half-open breaker; it lets one of them through."""
+    order = await counter.order()
+    counter.razorpay.fails = [GatewayNotAsked(Provider.RAZORPAY, "breaker_open", "left alone")]
+    refusal = await counter.refused_start(order)
+    assert (refusal.code, refusal.status) == ("unavailable", 503)
+    (row,) = await counter.desk.fetch("select id, status from payments")
+    assert row["status"] == "pending"
+    again = await counter.start(order, status=200)
+    assert (again.id, again.status) == (str(row["id"]), "pending")
+    assert again.gateway_order_id is not None
+    kinds = [row["type"] for row in await counter.desk.fetch("select type from lifecycle_events")]
+    assert "payment.failed" not in kinds
 
 
 async def test_an_unknown_creation_is_open_and_asking_again_repeats_it(counter: Counter) -> None:
@@ -292,7 +308,7 @@ async def test_whoever_finds_out_first_ends_the_doubt_of_all(counter: Counter) -
 async def test_an_unknown_creation_stays_so_while_its_repeat_is_not_answered(counter: Counter) -> None:
     """What was perhaps created is not given up because somebody else could not be reached."""
     order = await counter.order()
-    throttled = refused(Provider.RAZORPAY, 429, retryable=True)
+    throttled = refused(Provider.RAZORPAY, 429)
     counter.razorpay.fails = [unknown(Provider.RAZORPAY), away(Provider.RAZORPAY), throttled, None]
     first = await counter.start(order, status=202)
     for _ in range(2):

@@ -13,7 +13,7 @@ import pytest
 
 from handlers.jobs import GiveUp, NotYet
 from handlers.payments import Desk as PaymentsDesk
-from handlers.ports import NewPayment
+from handlers.ports import GatewayRefused, NewPayment
 from handlers.reconciliation import (
     Patience,
     ReadReconciliation,
@@ -203,6 +203,71 @@ async def test_a_gateway_that_does_not_answer_is_asked_later(office: Office, fau
     office.world.mischief.fault = None
     office.world.pass_time(60)
     assert (await office.reconcile(name))["status"] == "completed"
+
+
+PASSING = [401, 403, 409, 429]
+
+
+def refuses(monkeypatch: pytest.MonkeyPatch, office: Office, operation: str, status: int) -> None:
+    """From now on the gateway refuses this operation."""
+
+    async def refuse(*_: object) -> None:
+        raise GatewayRefused(Provider.RAZORPAY, status, "BAD_REQUEST_ERROR", "Not now")
+
+    monkeypatch.setattr(office.world.gateway, operation, refuse)
+
+
+@pytest.mark.parametrize("status", PASSING)
+async def test_a_refusal_that_may_pass_is_no_failure_of_the_job(
+    office: Office, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    name = await office.started()
+    office.world.sandbox.pay(name)
+    with monkeypatch.context() as patch:
+        refuses(patch, office, "fetch", status)
+        with pytest.raises(NotYet):
+            await office.reconcile(name)
+        with pytest.raises(NotYet):  # Razorpay reads what it cancels
+            await cancel_payment(office.payments, await office.id_of(name), PATIENCE)
+    assert (await office.reconcile(name))["status"] == "completed"
+
+
+async def test_a_refusal_for_good_is_a_failure_of_the_job(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = await office.started()
+    refuses(monkeypatch, office, "fetch", 400)
+    for job in (reconcile, cancel_payment):
+        with pytest.raises(GatewayRefused):
+            await job(office.payments, await office.id_of(name), PATIENCE)
+
+
+@pytest.mark.parametrize("status", PASSING)
+async def test_a_cancel_that_is_refused_for_now_is_repeated(
+    office: Office, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    name = await office.started()
+    with monkeypatch.context() as patch:
+        refuses(patch, office, "cancel", status)
+        with pytest.raises(NotYet):
+            await cancel_payment(office.payments, await office.id_of(name), PATIENCE)
+    assert (await office.payment(name))["status"] == "pending"
+    await cancel_payment(office.payments, await office.id_of(name), PATIENCE)
+    assert (await office.payment(name))["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("status", PASSING)
+async def test_a_creation_that_is_refused_for_now_stays_unknown(
+    office: Office, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    payment_id = await unnamed(office, await office.order())
+    with monkeypatch.context() as patch:
+        refuses(patch, office, "create", status)
+        for job in (reconcile, cancel_payment):
+            with pytest.raises(NotYet):
+                await job(office.payments, payment_id, PATIENCE)
+        assert await status_of(office, payment_id) == "unknown"
+    with pytest.raises(NotYet):  # nobody has paid it yet
+        await reconcile(office.payments, payment_id, PATIENCE)
+    assert await status_of(office, payment_id) == "pending"
 
 
 async def test_a_provider_without_keys_here_is_left_to_others(office: Office) -> None:

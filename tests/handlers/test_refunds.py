@@ -245,6 +245,24 @@ async def test_lines_that_two_payments_share_are_counted_once(counter: Counter) 
     assert (await counter.shop.orders())[order.id].items[0].refunded == TOTAL
 
 
+async def test_lines_and_delivery_that_two_captures_share_follow_the_money(counter: Counter) -> None:
+    order = await counter.order()
+    await counter.shop.fetch(
+        "update orders set delivery = 3000, total = total + 3000 where id = $1", uuid.UUID(order.id)
+    )
+    name = await counter.till.begin(order, amount=10_000)
+    for attempt in ("pay_first", "pay_second"):
+        await counter.capture(name, 10_000, attempt=attempt)
+    payment_id = str((await counter.till.payment(name))["id"])
+    asked: dict[str, Any] = {"lines": [{"lineId": "1", "quantity": 1}], "includeDelivery": True}
+    assert (await counter.refund(payment_id, **asked))[0] == 201
+    made = await counter.shop.fetch(
+        "select r.amount, r.delivery, l.quantity, l.amount as line from refunds r "
+        "join refund_lines l on l.refund_id = r.id order by l.quantity desc"
+    )
+    assert [tuple(row) for row in made] == [(10_000, 0, 1, 10_000), (5600, 3000, 0, 2600)]
+
+
 # and cancel it
 
 

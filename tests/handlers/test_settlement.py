@@ -11,7 +11,8 @@ import asyncpg
 import pytest
 
 from handlers import orders
-from handlers.settlement import UnknownPayment, expire_order, settle
+from handlers.book import UnknownPayment
+from handlers.settlement import expire_order, settle
 from models.errors import NotRefundable
 from models.ledger import Post, balanced
 from models.order import Order

@@ -11,11 +11,11 @@ import msgspec
 import pytest
 
 from handlers import webhooks
+from handlers.book import UnknownPayment, open_book
 from handlers.context import Tx
-from handlers.ports import Delivery
-from handlers.settlement import UnknownPayment, open_book
+from handlers.ports import Delivery, GatewayUnknown
 from handlers.webhooks import Dismiss, ListWebhooks, Patience, Retry, Taken, Unreadable, WorkersDied
-from models.errors import Conflict, Forbidden, Invalid, NotFound, Unavailable
+from models.errors import Conflict, Forbidden, Invalid, Malformed, NotFound, Unavailable
 from models.inbox import WebhookStatus
 from models.payment import News, Provider, Report, Source
 from models.user import Role
@@ -230,11 +230,18 @@ async def test_pauses_are_bounded_and_not_all_the_same(inbox: Inbox, clock: Cloc
     assert 300 <= min(pauses) <= max(pauses) <= 600
 
 
-async def test_what_cannot_be_read_is_given_up_at_once(inbox: Inbox) -> None:
-    await inbox.store(b'[{"provider": "razorpay"}]')
+@pytest.mark.parametrize("wrong", [Malformed("This is no news"), GatewayUnknown(Provider.STRIPE, "unreadable", "x")])
+async def test_what_cannot_be_read_is_given_up_at_once(
+    inbox: Inbox, monkeypatch: pytest.MonkeyPatch, wrong: Exception
+) -> None:
+    def read(kind: str, body: bytes) -> None:
+        raise wrong
+
+    monkeypatch.setattr(GATEWAYS[Provider.RAZORPAY], "read", read)
+    await inbox.store(b"[]")
     assert await inbox.work() == ["dead"]
     row = await inbox.row()
-    assert row["error"].startswith("Unreadable: This is no news")
+    assert row["error"] == f"Unreadable: {wrong}"
     assert row["settled_at"] is not None
 
 

@@ -293,9 +293,7 @@ class RazorpaySandbox:
 
     def _list_of(self, read: Callable[[str], list[dict[str, Any]]]) -> Handler:
         async def some(request: web.Request) -> web.Response:
-            found = read(request.match_info["id"])
-            # the attempts of an order come whole; refunds in pages
-            return _collection(found) if "orders" in request.path else _collection(_cut(request, found))
+            return _collection(_cut(request, read(request.match_info["id"])))
 
         return some
 

@@ -397,7 +397,8 @@ async def test_a_postgres_that_restarts_loses_no_job(private: PrivatePostgres) -
         await until(lambda: empty(database), "that it was done is written down")
         await ask(database, "work", "b")
         await until(lambda: empty(database), "and news are heard again")
-    assert work.ran == ["a", "b"]
+    # one whose end could not be written in time is begun again: a job may run twice, and is never lost
+    assert (work.ran[-1], set(work.ran)) == ("b", {"a", "b"})
 
 
 async def test_an_idle_worker_stops_at_once_although_postgres_is_gone(private: PrivatePostgres) -> None:

@@ -67,6 +67,10 @@ async def _servers(
         parent.chmod(0o755)  # Postgres refuses to run as root and must reach its folder as somebody else
     async with data_servers(folder, database_url, redis_url, lambda sentence: None) as servers:
         connection = await asyncpg.connect(servers.database_url)
+        # A test kills processes, never the machine, so nothing need reach the disk: a third of the time is saved.
+        for name in ("fsync", "full_page_writes", "synchronous_commit"):
+            await connection.execute(f"alter system set {name} = off")
+        await connection.execute("select pg_reload_conf()")
         await connection.execute(f"drop database if exists {TEMPLATE}")
         await connection.execute(f"create database {TEMPLATE}")
         await connection.close()
@@ -79,7 +83,7 @@ async def database_url(data: DataServers) -> AsyncIterator[str]:
     """A migrated database of this test's own."""
     name = f"test_{uuid.uuid4().hex}"
     connection = await asyncpg.connect(data.database_url)
-    await connection.execute(f"create database {name} template {TEMPLATE}")
+    await connection.execute(f"create database {name} template {TEMPLATE} strategy file_copy")
     yield with_database(data.database_url, name)
     await connection.execute(f"drop database {name} with (force)")
     await connection.close()

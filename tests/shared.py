@@ -37,7 +37,7 @@ async def shared_fleet(data: DataServers, folder: Path) -> AsyncIterator[Fleet]:
     """A fleet on a database of its own, checked and stopped at the end as the `fleet` fixture does."""
     name = f"test_{uuid.uuid4().hex}"
     connection = await asyncpg.connect(data.database_url)
-    await connection.execute(f"create database {name} template {TEMPLATE}")
+    await connection.execute(f"create database {name} template {TEMPLATE} strategy file_copy")
     fleet = Fleet(with_database(data.database_url, name), data.redis_url, folder)
     try:
         yield fleet

@@ -117,7 +117,7 @@ async def _database(data: DataServers) -> AsyncIterator[str]:
     """A migrated database for one stand."""
     name = f"bench_{uuid.uuid4().hex}"
     async with _postgres(data) as connection:
-        await connection.execute(f"create database {name} template {TEMPLATE}")
+        await connection.execute(f"create database {name} template {TEMPLATE} strategy file_copy")
         try:
             yield with_database(data.database_url, name)
         finally:

@@ -399,7 +399,7 @@ async def test_nothing_is_lost_whenever_a_server_dies(shop: Shop, capsys: pytest
 # everything at once, with gateways that misbehave
 
 SEED = secrets.randbelow(1_000_000)
-PAYMENTS = int(os.environ.get("STORM_PAYMENTS", "200"))
+PAYMENTS = int(os.environ.get("STORM_PAYMENTS", "120"))
 AT_ONCE = 16
 TRIES_MAX = 60
 

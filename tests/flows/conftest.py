@@ -18,7 +18,7 @@ async def pair(data: DataServers, tmp_path_factory: pytest.TempPathFactory) -> A
     """Two instances that behave as one, shared by the tests of a file."""
     name = f"test_{uuid.uuid4().hex}"
     connection = await asyncpg.connect(data.database_url)
-    await connection.execute(f"create database {name} template {TEMPLATE}")
+    await connection.execute(f"create database {name} template {TEMPLATE} strategy file_copy")
     fleet = Fleet(with_database(data.database_url, name), data.redis_url, tmp_path_factory.mktemp("pair"))
     yield await fleet.pair()
     await fleet.stop()

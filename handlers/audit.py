@@ -12,7 +12,7 @@ from sqlalchemy import select
 from handlers.context import Row, Tx
 from handlers.cursors import instant
 from models.audit import audit
-from models.base import ShortText, Strict, Time, View, rfc3339
+from models.base import ShortText, Strict, Time, View, as_json, rfc3339
 from models.order import require_all_orders, require_role
 from models.user import Actor, Role
 
@@ -29,14 +29,10 @@ async def record(tx: Tx, actor: Actor, action: str, subject: str, before: object
         actor.who,
         action,
         subject,
-        _json(before),
-        _json(after),
+        as_json(before),
+        as_json(after),
         tx.request_id,
     )
-
-
-def _json(value: object) -> str | None:
-    return None if value is None else msgspec.json.encode(value).decode()
 
 
 class ListAudit(Strict):

@@ -52,7 +52,7 @@ from handlers.book_rows import (
 from handlers.context import Tx
 from handlers.jobs import enqueue
 from handlers.ports import Reservations
-from models.base import rfc3339
+from models.base import as_json, rfc3339
 from models.cash import Taken
 from models.errors import NotFound, NotRefundable
 from models.event import Event, Type, event
@@ -104,15 +104,6 @@ class UnknownPayment(Exception):
     """News about something that we do not know, or do not know yet."""
 
 
-class Settled(NamedTuple):
-    """What became of a payment."""
-
-    payment_id: str
-    order_id: str
-    before: PaymentStatus
-    after: PaymentStatus
-
-
 async def open_book(tx: Tx, payment_id: str) -> Book:
     """Lock the order of a payment, and read both.
 
@@ -156,6 +147,8 @@ class Book:
         self._payment = payment
         self._others_moving = others_moving
         self._is_new = False
+        self._reviving = False
+        """Late money is about to take back that the order expired: clients still know it as cancelled."""
         self._before = payment.status if payment is not None else None
         self._events: list[tuple[str, dict[str, Any]]] = []
         self._entries: list[_Entry] = []
@@ -232,16 +225,14 @@ class Book:
         payment = self.payment
         if news.report is Report.FAILED and not news.fresh and payment.status is PaymentStatus.AUTHORIZED:
             return  # of an attempt before the one that is to be captured: see `after`
-        for name, known, told in (
-            ("gateway_order_id", payment.gateway_order_id, news.gateway_order_id),
-            ("gateway_payment_id", payment.gateway_payment_id, news.gateway_payment_id),
-        ):
-            if told is None or told == known:
-                continue
-            # a later attempt has another id, but what was captured keeps the id of its money
-            if known is None or (name == "gateway_payment_id" and not payment.has_completed):
-                setattr(payment, name, told)
-                await self.tx.one(WAKE_PARKED, told, self.tx.now())
+        before = {payment.gateway_order_id, payment.gateway_payment_id}
+        payment.gateway_order_id = payment.gateway_order_id or news.gateway_order_id
+        # a later attempt has another id, but what was captured keeps the id of its money
+        if news.gateway_payment_id is not None and (payment.gateway_payment_id is None or not payment.has_completed):
+            payment.gateway_payment_id = news.gateway_payment_id
+        learned = {payment.gateway_order_id, payment.gateway_payment_id} - before
+        if learned:
+            await self.tx.one(WAKE_PARKED, sorted(filter(None, learned)), self.tx.now())
         if news.method is not None and not payment.has_completed:
             payment.method = news.method
 
@@ -292,8 +283,6 @@ class Book:
                 cause=cause,
                 after_s=house.terms.mismatch_hold_s if cause is Cause.MISMATCH else 0,
             )
-        if self.order.status is Status.PENDING and self._paid_online():
-            self.move(Status.CONFIRMED)
         if applied and self.order.due == 0:
             await stop_payments(self.tx, self.order_id, but=payment.id)  # nobody is to pay it twice
 
@@ -323,8 +312,6 @@ class Book:
             Post(ROUNDING, taken.rounding),
         )
         self._complete(None)
-        if self.order.status is Status.PENDING and self._paid_online():
-            self.move(Status.CONFIRMED)
 
     async def _apply(self, amount: int, house: House) -> tuple[int, Cause | None]:
         """How much of `amount` the order is owed, and why the rest, or all of it, goes back."""
@@ -332,7 +319,8 @@ class Book:
         if order.status is Status.CANCELLED:
             if not await self._revives(amount, house):
                 return amount, Cause.LATE
-            order.status, order.status_reason = Status.PENDING, None  # `capture` confirms it
+            self._reviving = True
+            order.status, order.status_reason, order.expired_at = Status.PENDING, None, None
         applied = min(amount, order.due)
         return applied, Cause.DUPLICATE if applied < amount else None
 
@@ -345,12 +333,8 @@ class Book:
             return False
         return await house.reservations.retake(self.tx, self.order_id)
 
-    def _paid_online(self) -> bool:
-        return self.order.payment_method is PaymentMethod.ONLINE and self.order.due == 0
-
     def _complete(self, cause: Cause | None) -> None:
         order, payment = self.order, self.payment
-        revived = order.expired_at is not None and order.status is Status.PENDING
         payment.failure = None
         if payment.completed_at is None:
             payment.completed_at = self.tx.now()
@@ -358,7 +342,9 @@ class Book:
         if payment.attention is not Attention.DISPUTE:
             payment.attention = None
         self._become(with_refunds(payment.captured, payment.refunded))
-        self.tell_payment(cause or ("revived" if revived else None))
+        self.tell_payment(cause or ("revived" if self._reviving else None))
+        if order.status is Status.PENDING and order.payment_method is PaymentMethod.ONLINE and order.due == 0:
+            self.move(Status.CONFIRMED)
 
     def _post_fee(self, fee: int, currency: str) -> None:
         self.post("fee", currency, Post(FEES, fee), Post(money_of(self.payment.provider), -fee))
@@ -614,12 +600,11 @@ class Book:
     def move(self, status: Status, note: str | None = None) -> None:
         """Let the order become `status`, and tell it."""
         order = self.order
-        previous = Status.CANCELLED if order.expired_at is not None and status is Status.CONFIRMED else order.status
+        previous = Status.CANCELLED if self._reviving else order.status
+        self._reviving = False
         body: dict[str, Any] = {"status": status, "previousStatus": previous}
         if note is not None:
             body["note"] = note
-        if status is Status.CONFIRMED:
-            order.expired_at = None
         order.status, order.status_reason = status, note
         self._events.append((Type.STATUS, body))
 
@@ -636,21 +621,20 @@ class Book:
         }
         if reason is not None:
             body["reason"] = reason
-        # an order that is revived is told as confirmed by the next event: until then it is what it was
-        shown = order.summary()
-        if order.status is Status.PENDING and order.expired_at is not None:
-            shown.due = 0
-        body["payment"] = shown
+        shown = body["payment"] = order.summary()
         if lines:
             body["lines"] = list(lines)
-        if order.status is Status.PENDING and order.expires_at is not None and order.expired_at is None:
+        if self._reviving:
+            shown.due = 0  # it is told as confirmed by the next event: until then it is what it was
+        elif order.status is Status.PENDING and order.expires_at is not None:
             body["expiresAt"] = rfc3339(order.expires_at)
         self._events.append((Type.PAYMENT, body))
 
     async def close(
         self, source: Source, kind: str, detail: object, *, actor: Actor | None = None, note: str | None = None
-    ) -> Settled:
-        """Write everything. `kind` and `detail` (what JSON can hold) are kept in the payment's history."""
+    ) -> PaymentRow:
+        """Write everything, and give the payment as it is now. `kind` and `detail` (what JSON can hold) are kept in its
+        history."""
         payment, now = self.payment, self.tx.now()
         payment.updated_at = now
         await self._write_payment()
@@ -670,7 +654,7 @@ class Book:
             payment.status,
             as_json(detail),
         )
-        return Settled(str(payment.id), self.order_id, self._before or payment.status, payment.status)
+        return payment
 
     async def _write_payment(self) -> None:
         payment = self.payment
@@ -767,7 +751,3 @@ async def stop_payments(tx: Tx, order_id: str, *, but: uuid.UUID | None = None) 
     for row in await tx.all(PAYMENTS_OF_ORDER, uuid.UUID(order_id)):
         if row["status"] in OPEN and row["provider"] in GATEWAYS and row["id"] != but:
             await enqueue(tx, "cancel_payment", str(row["id"]))
-
-
-def as_json(value: object) -> str | None:
-    return None if value is None else msgspec.json.encode(value).decode()

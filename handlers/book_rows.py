@@ -103,18 +103,15 @@ class PaymentRow(msgspec.Struct, kw_only=True):
 
 COLUMNS = PaymentRow.__struct_fields__
 
-
 MUTABLE = [
     name
     for name in COLUMNS
     if name not in ("id", "order_id", "provider", "amount", "currency", "reference", "created_at", "purpose")
 ]
 
-
 INSERT_PAYMENT = (
     f"insert into payments ({', '.join(COLUMNS)}) values ({', '.join(f'${n}' for n in range(1, len(COLUMNS) + 1))})"
 )
-
 
 UPDATE_PAYMENT = f"update payments set {', '.join(f'{name} = ${n}' for n, name in enumerate(MUTABLE, 2))} where id = $1"
 
@@ -155,18 +152,15 @@ def view(row: PaymentRow) -> Payment:
 
 LOCK_ORDER = f"select {', '.join(OrderMoney.__struct_fields__)} from orders where id = $1 for update"
 
-
 LOCK_ORDER_OF = f"""
 select {", ".join(OrderMoney.__struct_fields__)} from orders
 where id = (select order_id from payments where id = $1) for update"""
-
 
 # A statement of its own, after the lock: it sees what the holder before us has committed.
 READ_PAYMENT = """
 select p.*, exists(select from payments q where q.order_id = p.order_id and q.id <> p.id
     and q.status in ('processing', 'authorized', 'unknown')) as others_moving
 from payments p where p.id = $1"""
-
 
 MOVING_ON = """
 select exists(select from payments where order_id = $1
@@ -180,14 +174,11 @@ def order_of(row: Row) -> OrderMoney:
 
 CAPTURED = "select payment_id, amount, currency, applied, fee from captures where provider = $1 and key = $2"
 
-
 ADD_CAPTURE = """
 insert into captures (provider, key, payment_id, amount, currency, applied, fee, at)
 values ($1, $2, $3, $4, $5, $6, $7, $8)"""
 
-
 SET_FEE = "update captures set fee = $3 where provider = $1 and key = $2"
-
 
 # newest first; `left` is what neither has gone back nor is about to
 CAPTURES_LEFT = """
@@ -196,29 +187,23 @@ select c.key, c.currency, c.amount - coalesce(sum(r.amount), 0)::bigint as left,
 from captures c left join refunds r on r.provider = c.provider and r.capture_key = c.key
 where c.payment_id = $1 group by c.provider, c.key order by c.at desc, c.key"""
 
-
 ADD_REFUND = """
 insert into refunds (id, order_id, payment_id, provider, capture_key, amount, currency, status, reason, cause, applied,
     delivery, channel, reference, requested_by, created_at, updated_at)
 values ($1, $2, $3, $4, $5, $6, $7, 'pending', $8, $9, $10, $11, $12, $13, $14, $15, $15)"""
 
-
 ADD_REFUND_LINES = """
 insert into refund_lines (refund_id, position, quantity, amount)
 select $1, * from unnest($2::integer[], $3::integer[], $4::bigint[])"""
 
-
 REFUND_COLUMNS = """id, payment_id, capture_key, amount, currency, status, cause, applied, delivery, channel,
     gateway_refund_id, earlier, attempt"""
 
-
 REFUNDS_OF = f"select {REFUND_COLUMNS} from refunds where payment_id = $1 order by created_at, id"
-
 
 SET_REFUND = """
 update refunds set status = $2, gateway_refund_id = $3, failure = $4, settled_at = $5, updated_at = $6, reference = $7
 where id = $1"""
-
 
 # begun anew after it failed, by us or by somebody else: another refund for the gateway, and another key
 REFUND_ANEW = """
@@ -226,21 +211,17 @@ update refunds set status = 'pending', attempt = attempt + 1, failure = null, ga
     earlier = case when gateway_refund_id is null then earlier else array_append(earlier, gateway_refund_id) end
 where id = $1"""
 
-
 REFUND_LINES = """
 update order_lines l set refunded = l.refunded + $3 * x.amount
 from refund_lines x where x.refund_id = $2 and l.order_id = $1 and l.position = x.position
 returning l.position, l.refunded"""
 
-
 DISPUTE = "select status, amount, currency from disputes where provider = $1 and gateway_dispute_id = $2"
-
 
 SET_DISPUTE = """
 insert into disputes (provider, gateway_dispute_id, payment_id, status, amount, currency, at)
 values ($1, $2, $3, $4, $5, $6, $7)
 on conflict (provider, gateway_dispute_id) do update set status = excluded.status"""
-
 
 WRITE_ORDER = """
 with told as (
@@ -250,13 +231,11 @@ update orders set status = $6, paid = $7, refunded = $8, paying = $9, seq = $10,
     status_reason = $13, payment_method = $14, updated_at = $2
 where id = $1"""
 
-
 WRITE_LEDGER = """
 insert into ledger_rows (entry, at, kind, account, currency, amount, order_id, payment_id, refund_id, note)
 select x.entry, $1, x.kind, x.account, x.currency, x.amount, $2, $3, x.refund, $4
 from unnest($5::uuid[], $6::text[], $7::text[], $8::text[], $9::bigint[], $10::uuid[])
     as x(entry, kind, account, currency, amount, refund)"""
-
 
 WRITE_HISTORY = """
 with lifecycle as (
@@ -265,11 +244,10 @@ with lifecycle as (
 insert into payment_inputs (payment_id, at, source, actor, kind, before, after, detail)
 values ($1, $2, $6, $7, $8, $9, $10, $11)"""
 
-
 # What a worker tries just now is skipped: it may wait for the order that is locked here. It comes round by itself.
 WAKE_PARKED = """
 update webhooks set next_at = $2 where id = any (array(
-    select id from webhooks where status = 'parked' and refs && array[$1] for update skip locked))"""
+    select id from webhooks where status = 'parked' and refs && $1::text[] for update skip locked))"""
 
 
 class RefundRow(msgspec.Struct):

@@ -24,7 +24,6 @@ from handlers.payments import (
     CLOSED,
     PAYABLE,
     PAYERS,
-    READ,
     Address,
     AskedAmount,
     CurrencyCode,
@@ -40,6 +39,7 @@ from handlers.payments import (
     gateway_of,
     known,
     new_payment,
+    read_payment,
     record,
     require,
     settle_all,
@@ -190,9 +190,7 @@ async def _open_payment(tx: Tx, desk: Desk, once: Once, actor: Actor, cmd: Start
     intent of Stripe that must be cancelled first."""
     begun = await once.begun(tx)
     if begun:
-        found = await tx.one(READ, uuid.UUID(begun[0]))
-        assert found is not None, "payments are never deleted"
-        earlier = read_row(found)
+        earlier = await read_payment(tx, begun[0])
         if earlier.status in OPEN or earlier.gateway_order_id is not None:
             return _Found(earlier, 201, is_new=False)
         # else it came to nothing, and this is judged anew

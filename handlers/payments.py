@@ -368,7 +368,7 @@ async def verify(desk: Desk, once: Once, actor: Actor, payment_id: str, cmd: Ver
             if attempt is not None:
                 await settle(tx, claim, Source.CLIENT, desk.house, actor=actor, payment_id=payment_id)
             await enqueue(tx, "reconcile", payment_id)
-        return Done(202, view(await _read(desk, payment_id)))
+            return Done(202, view(await read_payment(tx, payment_id)))
     return Done(200, view(await settle_all(desk, payment_id, news, Source.CLIENT, actor)))
 
 
@@ -406,21 +406,22 @@ async def settle_all(
     desk: Desk, payment_id: str, news: Sequence[News], source: Source, actor: Actor | None
 ) -> PaymentRow:
     """Raises GatewayError: it spoke of another payment, or of money that cannot be."""
+    row = None
     async with desk.transactions() as tx:
         try:
             for one in news:
-                await settle(tx, one, source, desk.house, actor=actor, payment_id=payment_id)
+                row = await settle(tx, one, source, desk.house, actor=actor, payment_id=payment_id)
         except UnknownPayment as error:
             raise GatewayError(f"The gateway was asked about one payment, and answered otherwise: {error}.") from error
         except NotRefundable as error:
             raise GatewayError("The gateway speaks of refunds of more than is there.") from error
-        row = await tx.one(READ, uuid.UUID(payment_id))
-    assert row is not None
+        return row or await read_payment(tx, payment_id)
+
+
+async def read_payment(tx: Tx, payment_id: str) -> PaymentRow:
+    row = await tx.one(READ, uuid.UUID(payment_id))
+    assert row is not None, "payments are never deleted"
     return read_row(row)
-
-
-async def _read(desk: Desk, payment_id: str) -> PaymentRow:
-    return await settle_all(desk, payment_id, (), Source.SYSTEM, None)
 
 
 async def _unknown(desk: Desk, payment_id: str, job: str, news: News | None = None) -> Done:
@@ -429,7 +430,7 @@ async def _unknown(desk: Desk, payment_id: str, job: str, news: News | None = No
         if news is not None:
             await settle(tx, news, Source.SYSTEM, desk.house, payment_id=payment_id)
         await enqueue(tx, job, payment_id)
-    return Done(202, view(await _read(desk, payment_id)))
+        return Done(202, view(await read_payment(tx, payment_id)))
 
 
 # confirm

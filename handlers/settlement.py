@@ -11,7 +11,6 @@ import uuid
 from handlers import audit
 from handlers.book import (
     House,
-    Settled,
     UnknownPayment,
     open_book,
     open_order,
@@ -19,7 +18,7 @@ from handlers.book import (
     refund_status_after,
     stop_payments,
 )
-from handlers.book_rows import PAYMENTS_OF_ORDER
+from handlers.book_rows import PAYMENTS_OF_ORDER, PaymentRow
 from handlers.context import Tx
 from models.money import MINOR_UNITS_MAX
 from models.order import Status
@@ -48,8 +47,9 @@ select coalesce(
 
 async def settle(
     tx: Tx, news: News, source: Source, house: House, *, actor: Actor | None = None, payment_id: str | None = None
-) -> Settled:
-    """Book what a gateway says of a payment: once, whatever is repeated, late or out of order.
+) -> PaymentRow:
+    """Book what a gateway says of a payment: once, whatever is repeated, late or out of order. Gives the payment as it
+    is then.
 
     `payment_id`: whose news it is, where the asker knows it; else the gateway's names tell.
 
@@ -107,7 +107,7 @@ def _capture_key(news: News) -> str | None:
 
 async def tell_refund(
     tx: Tx, refund_id: str, attempt: int, news: RefundNews, source: Source, *, actor: Actor | None = None
-) -> Settled:
+) -> PaymentRow:
     """Book what became of a refund that we asked for. `attempt`: which of its attempts the news is about; when another
     one has begun meanwhile, it is no news of the refund any more.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Iterable
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -42,6 +43,16 @@ def add_only(table: Table) -> None:
 def rfc3339(at: dt.datetime) -> str:
     """`at` (aware UTC) as the contract writes times: `2026-11-21T09:30:00.125Z`."""
     return at.isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def as_json(value: object) -> str | None:
+    """`value` as JSON text; None where there is none."""
+    return None if value is None else msgspec.json.encode(value).decode()
+
+
+def listed(values: Iterable[str]) -> str:
+    """The words between the parentheses of an SQL `in (…)`. For words of ours only: nothing is escaped."""
+    return ", ".join(f"'{value}'" for value in sorted(values))
 
 
 Words = "^[^\\x00]*\\Z"

@@ -6,7 +6,7 @@ import datetime as dt
 import uuid
 from typing import Any
 
-from handlers.book import House, Settled, Terms, open_order
+from handlers.book import House, Terms, open_order
 from handlers.book_rows import PaymentRow
 from handlers.context import Tx
 from handlers.settlement import settle
@@ -79,9 +79,8 @@ class Till:
         await self.desk.do(begin, order.id, provider, amount, name)
         return name
 
-    async def tell(self, name: str, report: Report | None, source: Source = Source.WEBHOOK, **members: Any) -> Settled:
-        settled: Settled = await self.desk.do(settle, news(name, report, **members), source, self.house)
-        return settled
+    async def tell(self, name: str, report: Report | None, source: Source = Source.WEBHOOK, **members: Any) -> None:
+        await self.desk.do(settle, news(name, report, **members), source, self.house)
 
     async def payment(self, name: str) -> Any:
         (row,) = await self.desk.fetch("select * from payments where gateway_order_id = $1", name)
